@@ -1,0 +1,64 @@
+// Which pages belong to which sequence. Pure bookkeeping: no device memory is touched here.
+#pragma once
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "pyruntime.h"
+
+namespace prt {
+
+struct Sequence {
+  std::vector<int32_t> pages;
+  int64_t length = 0;  // tokens
+};
+
+// A reservation made by PagePool::grow. Until it is committed the lengths are unchanged and rollback() returns the new pages.
+struct Growth {
+  struct Item {
+    int64_t seq;
+    int64_t n_token;
+    int32_t n_new_page;
+  };
+  std::vector<Item> items;
+  std::vector<int32_t> copy_from, copy_to;  // pages to copy before anything is written (copy on write)
+};
+
+class PagePool {
+ public:
+  PagePool(int32_t n_page, int64_t max_context);
+
+  int64_t create();
+  int64_t fork(int64_t seq);                     // shares all pages
+  void truncate(int64_t seq, int64_t n_token);
+  void free(int64_t seq);
+  const Sequence& at(int64_t seq) const;
+
+  // Makes room for n_token[i] more tokens in seq[i], for all of them or, failing with PRT_OUT_OF_PAGES, for none.
+  // The page that the first new token falls into is copied when another sequence also holds it.
+  void grow(int32_t n_seq, const int64_t* seq, const int32_t* n_token, Growth& growth);
+  void commit(const Growth& growth);
+  // A copied page is kept: its former sharer may already have written into the original past its own end.
+  void rollback(const Growth& growth);
+
+  int32_t n_page() const { return static_cast<int32_t>(refs_.size()); }
+  int32_t n_free() const { return static_cast<int32_t>(free_.size()); }
+  int32_t n_peak() const { return peak_; }
+  int64_t n_copy() const { return n_copy_; }
+  int32_t n_sequence() const { return static_cast<int32_t>(sequences_.size()); }
+
+ private:
+  Sequence& find(int64_t seq);
+  int32_t take();
+  void drop(int32_t page);
+
+  int64_t max_context_;
+  int64_t next_id_ = 1;
+  std::vector<int32_t> refs_;  // [n_page] sequences that hold the page
+  std::vector<int32_t> free_;  // a stack: the page freed last is the warmest
+  int32_t peak_ = 0;
+  int64_t n_copy_ = 0;
+  std::unordered_map<int64_t, Sequence> sequences_;
+};
+
+}  // namespace prt

@@ -1,0 +1,20 @@
+// Rotary frequencies for every kind of scaling.
+#pragma once
+#include <vector>
+
+#include "model/config.h"
+
+namespace prt {
+
+struct RopeTable {
+  std::vector<float> inv_freq;  // [d_head / 2] radians per position
+  float attention_factor = 1;   // multiplies cos and sin
+};
+
+// max_context only matters to PRT_ROPE_DYNAMIC.
+RopeTable make_rope_table(const ModelConfig& config, int64_t max_context);
+
+// out [2][d_head / 2]: cos, then sin, of one position
+void rope_angles(const RopeTable& table, int64_t position, float* out);
+
+}  // namespace prt

@@ -1,0 +1,159 @@
+#include "model/weights.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+namespace prt {
+
+Weights::Weights(const ModelConfig& config) {
+  Arena measure;
+  layout(config, measure, false);
+  const int64_t free = host_memory_free();
+  if (measure.used() > free)
+    fail(PRT_OUT_OF_MEMORY, "the weights need ", measure.used(), " bytes (", measure.used() >> 20, " MiB) of host memory; ", free,
+         " bytes (", free >> 20, " MiB) are free");
+  buffer_ = HostBuffer(measure.used(), "the weights");
+  Arena arena(buffer_.data());
+  layout(config, arena, true);
+}
+
+void Weights::add(bool wanted, const std::string& name, const Tensor& view) {
+  if (!wanted || !view) return;
+  index_[name] = entries_.size();
+  entries_.push_back({name, view, 0});
+}
+
+void Weights::layout(const ModelConfig& c, Arena& arena, bool real) {
+  const DType w = c.weight_dtype(), f = DType::f32;
+  const int64_t q = c.q_size(), kv = c.kv_size();
+  layers.assign(static_cast<size_t>(c.n_layer), {});
+  embed = arena.take(w, c.n_vocab, c.d_model);
+  add(real, "embed.weight", embed);
+  for (int32_t i = 0; i < c.n_layer; ++i) {
+    LayerWeights& l = layers[static_cast<size_t>(i)];
+    const std::string p = "layers." + std::to_string(i) + ".";
+    l.attn_norm = arena.take(f, c.d_model);
+    l.qkv = arena.take(w, c.qkv_size(), c.d_model);
+    if (c.qkv_bias) l.qkv_bias = arena.take(f, c.qkv_size());
+    if (c.qk_norm) {
+      l.q_norm = arena.take(f, c.d_head);
+      l.k_norm = arena.take(f, c.d_head);
+    }
+    l.o = arena.take(w, c.d_model, q);
+    if (c.o_bias) l.o_bias = arena.take(f, c.d_model);
+    l.ffn_norm = arena.take(f, c.d_model);
+    l.gate_up = arena.take(w, 2 * int64_t{c.d_ff}, c.d_model);
+    if (c.mlp_bias) l.gate_up_bias = arena.take(f, 2 * int64_t{c.d_ff});
+    l.down = arena.take(w, c.d_model, c.d_ff);
+    if (c.mlp_bias) l.down_bias = arena.take(f, c.d_model);
+
+    const auto part = [](const Tensor& t, int64_t begin, int64_t n) { return t ? t.rows(begin, n) : t; };
+    add(real, p + "attn_norm.weight", l.attn_norm);
+    add(real, p + "q.weight", part(l.qkv, 0, q));
+    add(real, p + "q.bias", part(l.qkv_bias, 0, q));
+    add(real, p + "k.weight", part(l.qkv, q, kv));
+    add(real, p + "k.bias", part(l.qkv_bias, q, kv));
+    add(real, p + "v.weight", part(l.qkv, q + kv, kv));
+    add(real, p + "v.bias", part(l.qkv_bias, q + kv, kv));
+    add(real, p + "q_norm.weight", l.q_norm);
+    add(real, p + "k_norm.weight", l.k_norm);
+    add(real, p + "o.weight", l.o);
+    add(real, p + "o.bias", l.o_bias);
+    add(real, p + "ffn_norm.weight", l.ffn_norm);
+    add(real, p + "gate.weight", part(l.gate_up, 0, c.d_ff));
+    add(real, p + "gate.bias", part(l.gate_up_bias, 0, c.d_ff));
+    add(real, p + "up.weight", part(l.gate_up, c.d_ff, c.d_ff));
+    add(real, p + "up.bias", part(l.gate_up_bias, c.d_ff, c.d_ff));
+    add(real, p + "down.weight", l.down);
+    add(real, p + "down.bias", l.down_bias);
+  }
+  norm = arena.take(f, c.d_model);
+  add(real, "norm.weight", norm);
+  if (c.tied_embeddings) {
+    lm_head = embed;
+  } else {
+    lm_head = arena.take(w, c.n_vocab, c.d_model);
+    add(real, "lm_head.weight", lm_head);
+  }
+}
+
+size_t Weights::index_of(const std::string& name) const {
+  const auto it = index_.find(name);
+  check(it != index_.end(), "the model has no tensor '", name, "'; prt_model_tensor_get lists the names");
+  return it->second;
+}
+
+const Weights::Entry& Weights::find(const std::string& name) const { return entries_[index_of(name)]; }
+
+namespace {
+void convert(void* to, DType to_type, const void* from, DType from_type, int64_t n) {
+  if (to_type == from_type) {
+    std::memcpy(to, from, static_cast<size_t>(n * dtype_size(to_type)));
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) from_f32(to, i, to_type, to_f32(from, i, from_type));
+}
+}  // namespace
+
+void Weights::load(const std::string& name, int64_t begin, int64_t n, const void* data, DType dtype) {
+  Entry& e = entries_[index_of(name)];
+  check(data != nullptr, "the data of tensor '", name, "' is NULL");
+  check(begin >= 0 && n >= 0 && begin <= e.view.shape[0] - n, "rows [", begin, ", ", begin, " + ", n, ") of tensor '", name,
+        "' are outside its ", e.view.shape[0], " rows");
+  check(begin == 0 || begin == e.rows_loaded, "rows of tensor '", name, "' must come in order: row ", begin, " was given, row ",
+        e.rows_loaded, " is next");
+  const Tensor to = e.view.rows(begin, n);
+  convert(to.data, to.dtype, data, dtype, n * e.view.row_size());
+  e.rows_loaded = begin + n;
+}
+
+void Weights::load_file(const std::string& name, const std::string& path, int64_t offset, DType dtype) {
+  Entry& e = entries_[index_of(name)];
+  const std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
+  if (!file) fail(PRT_IO_ERROR, path, ": cannot open (", std::strerror(errno), ")");
+  std::setvbuf(file.get(), nullptr, _IONBF, 0);
+  check(offset >= 0, path, ": offset ", offset, " of tensor '", name, "' is negative");
+#if defined(_WIN32)
+  const bool at = _fseeki64(file.get(), offset, SEEK_SET) == 0;
+#else
+  const bool at = fseeko(file.get(), offset, SEEK_SET) == 0;
+#endif
+  if (!at) fail(PRT_IO_ERROR, path, ": cannot seek to byte ", offset, " of tensor '", name, "'");
+  const auto read = [&](void* to, int64_t bytes) {
+    const size_t got = std::fread(to, 1, static_cast<size_t>(bytes), file.get());
+    if (static_cast<int64_t>(got) != bytes)
+      fail(PRT_IO_ERROR, path, ": ends inside tensor '", name, "' (", got, " of ", bytes, " bytes read)");
+  };
+  const int64_t n = e.view.size();
+  if (dtype == e.view.dtype) {
+    read(e.view.data, n * dtype_size(dtype));
+  } else {  // convert through a small buffer
+    constexpr int64_t kPiece = 1 << 18;
+    std::vector<char> piece(static_cast<size_t>(std::min(n, kPiece) * dtype_size(dtype)));
+    for (int64_t i = 0; i < n; i += kPiece) {
+      const int64_t m = std::min(kPiece, n - i);
+      read(piece.data(), m * dtype_size(dtype));
+      convert(e.view.as<char>() + i * dtype_size(e.view.dtype), e.view.dtype, piece.data(), dtype, m);
+    }
+  }
+  e.rows_loaded = e.view.shape[0];
+}
+
+std::string Weights::missing() const {
+  std::string names;
+  int64_t n = 0;
+  for (const Entry& e : entries_) {
+    if (e.rows_loaded >= e.view.shape[0]) continue;
+    if (n++ < 5) {
+      names += (names.empty() ? "" : ", ") + e.name;
+      if (e.rows_loaded > 0) names += " (" + std::to_string(e.rows_loaded) + " of " + std::to_string(e.view.shape[0]) + " rows)";
+    }
+  }
+  if (n > 5) names += " and " + std::to_string(n - 5) + " more";
+  return names;
+}
+
+}  // namespace prt

@@ -1,0 +1,19 @@
+// prt_op_run("sample", {logits, tokens, uniforms}, {temperature, top_k, top_p, min_p})
+#include "ops/cpu_table.h"
+
+namespace prt {
+
+void sample(const Backend& backend, const Sample& a) {
+  check_shape("sample", "logits", a.logits, DType::f32, {-1, -1});
+  const int64_t n_row = a.logits.shape[0], n_vocab = a.logits.shape[1];
+  check_shape("sample", "tokens", a.tokens, DType::i32, {n_row});
+  if (a.logprobs) check_shape("sample", "logprobs", a.logprobs, DType::f32, {n_row});
+  if (a.top_ids) {
+    check_shape("sample", "top_ids", a.top_ids, DType::i32, {n_row, -1});
+    check(a.top_ids.shape[1] <= n_vocab, "sample: n_top is ", a.top_ids.shape[1], ", more than the vocabulary of ", n_vocab);
+    check_shape("sample", "top_logprobs", a.top_logprobs, DType::f32, {n_row, a.top_ids.shape[1]});
+  }
+  backend.cpu->sample(*backend.pool, a);
+}
+
+}  // namespace prt

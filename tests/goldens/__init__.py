@@ -1,0 +1,1 @@
+"""Logits of small random models of every family, made by transformers: what the forward pass must reproduce."""
