@@ -175,7 +175,8 @@ PRT_API void prt_model_release(prt_model *model);
 
 typedef struct prt_session prt_session;
 
-/* Called between layers, on the thread that called prt_session_step; return non-zero to stop the step. Must not call back. */
+/* Called between layers, at most every 20 ms, on the thread that called prt_session_step; return non-zero to stop the step.
+ * Must not call back into the session. */
 typedef int32_t (*prt_abort_fn)(void *user);
 /* Called after each internal chunk of a long step. done and total are tokens of this step. */
 typedef void (*prt_progress_fn)(void *user, int64_t done, int64_t total);
@@ -189,8 +190,9 @@ typedef struct prt_session_config {
   prt_abort_fn abort;        /* may be NULL */
   prt_progress_fn progress;  /* may be NULL */
   void *user;                /* passed to both */
+  const char *cpu_isa;       /* highest CPU instruction set to use: baseline, avx2, avx512, avx512bf16, amx; NULL: the best */
 } prt_session_config;
-#define PRT_SESSION_CONFIG_INIT { sizeof(prt_session_config), 0, 0, 0, 0, NULL, NULL, NULL }
+#define PRT_SESSION_CONFIG_INIT { sizeof(prt_session_config), 0, 0, 0, 0, NULL, NULL, NULL, NULL }
 
 PRT_API prt_status prt_session_create(prt_model *model, const prt_session_config *config, prt_session **out);
 PRT_API void prt_session_release(prt_session *session);

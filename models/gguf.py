@@ -66,7 +66,9 @@ def read_config(file: GgufFile) -> tuple[Family, ModelConfig]:
     d_model = keys.integer("embedding_length", 1, MAX_D_MODEL)
     h_q = keys.integer("attention.head_count", 1, MAX_HEADS)
     if not keys.has("attention.key_length") and d_model % h_q:
-        raise ModelFileError(f"{where}: embedding_length {d_model} is not a multiple of {h_q} heads and no key_length is given.")
+        raise ModelFileError(
+            f"{where}: embedding_length {d_model} is not a multiple of {h_q} heads and no key_length is given."
+        )
     d_head = keys.integer("attention.key_length", 1, MAX_D_MODEL, default=d_model // h_q)
     keys.neutral("attention.value_length", d_head)
     keys.neutral("rope.dimension_count", d_head)
@@ -83,7 +85,7 @@ def read_config(file: GgufFile) -> tuple[Family, ModelConfig]:
         keys.neutral(key, *allowed)
     window = keys.integer("attention.sliding_window", 0, MAX_POSITION, default=0)
     if window and family.name != "llama":
-        raise UnsupportedModelError(f"{where}: 'attention.sliding_window' is {window}; only llama's is supported in GGUF.")
+        raise UnsupportedModelError(f"{where}: 'attention.sliding_window' is {window}; supported for llama only.")
     config = ModelConfig(
         family=family.name,
         architecture=architecture,
@@ -135,10 +137,10 @@ def _rope(keys: KeyReader, file: GgufFile, d_head: int, max_position: int) -> Ro
     if kind in ("linear", "yarn") and factor < 1.0:
         raise ModelFileError(f"{keys.where}: 'rope.scaling.factor' is {factor:g}, expected at least 1 for {kind}.")
     if kind not in ("none", "linear", "yarn"):
-        raise UnsupportedModelError(f"{keys.where}: the rope scaling is {show(kind)}; supported are none, linear and yarn.")
+        raise UnsupportedModelError(f"{keys.where}: the rope scaling is {show(kind)}, expected none, linear or yarn.")
     if ROPE_FREQS in file.tensors:
         if kind != "none":
-            raise UnsupportedModelError(f"{file.path}: has {ROPE_FREQS!r} and {kind} rope scaling, expected one of them.")
+            raise UnsupportedModelError(f"{file.path}: has {ROPE_FREQS!r} and {kind} scaling, expected one of them.")
         return _llama3_rope(file, theta, d_head)
     if kind == "linear":
         return RopeConfig("linear", theta, factor)
@@ -198,7 +200,11 @@ _LAYER_NAMES: Final = {
     "up": "ffn_up",
     "down": "ffn_down",
 }
-_OUTER_NAMES: Final = {"embed.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+_OUTER_NAMES: Final = {
+    "embed.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 
 
 def tensor_name(canonical: str) -> str:

@@ -23,25 +23,24 @@ from pyruntime.errors import ModelFileError, UnsupportedModelError
 
 DTYPES: Final[dict[str, WeightType]] = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 # Written by transformers' PretrainedConfig (4.x and 5.x), by training and conversion tools, or only used in training.
-HARMLESS: Final = frozenset(
-    """
-    architectures model_type transformers_version name_or_path return_dict output_hidden_states output_attentions
-    torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward is_decoder use_cache initializer_range
-    id2label label2id num_labels problem_type finetuning_task task_specific_params tokenizer_class prefix
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
-    tie_last_hidden_states attn_implementation experts_implementation
-    attention_dropout hidden_dropout residual_dropout resid_pdrop embd_pdrop attn_pdrop
-    hidden_dropout_prob attention_probs_dropout_prob classifier_dropout
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens epsilon_cutoff
-    eta_cutoff encoder_repetition_penalty num_assistant_tokens num_assistant_tokens_schedule
-    assistant_confidence_threshold assistant_lookbehind target_lookbehind
-    gradient_checkpointing use_flash_attn use_flash_attention use_flash_attention_2 is_llama_config
-    unsloth_fixed unsloth_version transformers.js_config onnx_export
-    """.split()
-)
+HARMLESS: Final = {
+    "architectures", "model_type", "transformers_version", "name_or_path", "return_dict", "output_hidden_states",
+    "output_attentions", "torchscript", "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward", "is_decoder",
+    "use_cache", "initializer_range", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+    "task_specific_params", "tokenizer_class", "prefix", "bos_token_id", "eos_token_id", "pad_token_id",
+    "unk_token_id", "sep_token_id", "decoder_start_token_id", "tie_last_hidden_states", "attn_implementation",
+    "experts_implementation", "attention_dropout", "hidden_dropout", "residual_dropout", "resid_pdrop",
+    "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "epsilon_cutoff", "eta_cutoff",
+    "encoder_repetition_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "gradient_checkpointing",
+    "use_flash_attn", "use_flash_attention", "use_flash_attention_2", "is_llama_config", "unsloth_fixed",
+    "unsloth_version", "transformers.js_config", "onnx_export",
+}  # fmt: skip
 
 # Known keys that would change the computation: only these values leave it as it is. A family that implements one of
 # them reads it before read_decoder.
@@ -97,7 +96,9 @@ def read_decoder(
         raise ModelFileError(f"{keys.where}: the key 'num_key_value_heads' is missing.")
     d_model = keys.integer("hidden_size", 1, MAX_D_MODEL)
     if not keys.has("head_dim") and d_model % h_q:
-        raise ModelFileError(f"{keys.where}: hidden_size {d_model} is not a multiple of {h_q} heads and 'head_dim' is missing.")
+        raise ModelFileError(
+            f"{keys.where}: hidden_size {d_model} is not a multiple of {h_q} heads and 'head_dim' is missing."
+        )
     max_position = keys.integer("max_position_embeddings", 1, MAX_POSITION)
     rope = read_rope(keys, max_position)
     for key, allowed in NEUTRAL.items():
@@ -217,8 +218,8 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def read_window(keys: KeyReader) -> tuple[int, int]:
     """Qwen's window keys -> (sliding_window, window_first_layer).
 
-    Layers from `max_window_layers` on slide where `use_sliding_window` is true; transformers 5 also writes `layer_types`,
-    which must say the same thing: full attention first, then sliding.
+    Layers from `max_window_layers` on slide where `use_sliding_window` is true. transformers 5 also writes
+    `layer_types`, which goes first and must have the same form: full attention, then sliding.
     """
     n_layer = keys.integer("num_hidden_layers", 1, MAX_LAYERS)
     used = keys.boolean("use_sliding_window", False)

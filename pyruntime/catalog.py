@@ -101,9 +101,9 @@ def resolve(name: str | Path) -> Source:
             note = ""
             if entry is not None or repo is not None:
                 other = "catalogue name" if entry is not None else "hub repository"
-                note = f"{text!r} is also a {other}; using the files in {path.absolute()} (rename them to get the other)"
+                note = f"{text!r} is also a {other}; using the files in {path.absolute()} (rename to get the other)"
             return Source(text, (LocalFiles(path),), None, note)
-        if entry is None and repo is None:
+        if (entry is None and repo is None) or isinstance(name, Path):
             raise ModelNotFoundError(_no_model_in(path))
     elif isinstance(name, Path) or _looks_like_path(text):
         raise ModelNotFoundError(f"{text}: no such file or folder")
@@ -152,9 +152,7 @@ def _hub_repo(text: str) -> HubRepo | None:
 def _unknown(text: str) -> str:
     near = difflib.get_close_matches(text.lower(), _catalog(), n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "`pyruntime list` shows the names."
-    return (
-        f"no model is called {text!r}: it is not in the catalogue, no hub repository (org/name) and no file; {hint}"
-    )
+    return f"no model is called {text!r}: it is not in the catalogue, no hub repository (org/name) and no file; {hint}"
 
 
 @lru_cache(maxsize=1)

@@ -1,8 +1,8 @@
 """Chat templates: the Jinja program inside a model's files that turns messages into its prompt format.
 
-Templates come from strangers. They run in jinja2's immutable sandbox, which keeps them from reaching Python objects; what
-the sandbox leaves open is closed here: loops and calls watch a deadline, everything that makes text or lists bigger has a
-size limit, and filters are a closed list.
+Templates come from strangers. They run in jinja2's immutable sandbox, which keeps them from reaching Python objects;
+what the sandbox leaves open is closed here: loops and calls watch a deadline, everything that makes text or lists
+bigger has a size limit, and filters are a closed list.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import InvalidArgumentError, ModelFileError, UnsupportedModelError
+from .tokenizer import LITERAL_MARK
 
 if TYPE_CHECKING:
     import jinja2
@@ -33,8 +34,8 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What chat templates use, and nothing that takes a width or a count.
 _FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "indent", "int", "items",
-    "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse", "round",
-    "safe", "select", "selectattr", "sort", "string", "title", "trim", "unique", "upper", "wordcount",
+    "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse",
+    "round", "safe", "select", "selectattr", "sort", "string", "title", "trim", "unique", "upper", "wordcount",
 )  # fmt: skip
 _WIDTHS = ("center", "ljust", "rjust", "zfill", "expandtabs", "format_map", "translate")
 
@@ -42,17 +43,20 @@ _WIDTHS = ("center", "ljust", "rjust", "zfill", "expandtabs", "format_map", "tra
 class ChatTemplate:
     """A compiled template. Safe to use from several threads."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None, *, origin: str = "template") -> None:
-        """`special_tokens`: values of bos_token, eos_token, ... in the template; `origin`: where it is from, for messages.
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str] | None = None, *, origin: str = "template"
+    ) -> None:
+        """special_tokens: values of bos_token, eos_token, ... in the template
+        origin: where it is from, for messages
 
-        Raises UnsupportedModelError if the template has a syntax error or uses what chat templates have no business with.
+        Raises UnsupportedModelError for a template with a syntax error or a filter that chat templates do not need.
         """
         import jinja2
 
         if not isinstance(source, str):
             raise InvalidArgumentError(f"chat_template must be a string, got {type(source).__name__}")
         if len(source) > _MAX_SOURCE:
-            raise UnsupportedModelError(f"{origin}: chat template has {len(source)} characters, at most {_MAX_SOURCE} are read")
+            raise UnsupportedModelError(f"{origin}: chat template has {len(source)} characters, at most {_MAX_SOURCE}")
         self.source = source
         self.origin = origin
         self._special_tokens = dict(special_tokens or {})
@@ -63,7 +67,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as e:
             raise UnsupportedModelError(f"{origin}: chat template, line {e.lineno}: {e.message}") from None
         except (_LimitError, RecursionError, MemoryError, SyntaxError, ValueError) as e:
-            raise UnsupportedModelError(f"{origin}: chat template cannot be compiled: {e or type(e).__name__}") from None
+            raise UnsupportedModelError(f"{origin}: chat template: cannot be compiled: {_reason(e)}") from None
 
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTemplate:
@@ -80,6 +84,7 @@ class ChatTemplate:
                 raise ModelFileError(f"{config_path}: cannot be read: {e}") from None
             if not isinstance(config, dict):
                 raise ModelFileError(f"{config_path}: must hold a JSON object, holds {type(config).__name__}")
+        source: str | None
         if jinja_path.is_file():
             try:
                 source, origin = jinja_path.read_text(encoding="utf-8"), jinja_path
@@ -112,12 +117,15 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Any] | None = None,
+        literal: Iterable[str] = (),
         **extra: Any,
     ) -> str:
         """The prompt for `messages`, each {"role": str, "content": str or a list of {"type": "text", "text": str}}.
 
         add_generation_prompt: end with the header of the assistant's answer
         tools: JSON-schema descriptions of functions, for templates that know them
+        literal: words that stay words where messages and tools contain them (the names of control tokens): they come
+            out between LITERAL_MARKs, for Tokenizer.encode_chat(); a message cannot end its own turn then
         extra: other variables of the template, such as enable_thinking
 
         Raises InvalidArgumentError for messages of another form and for what the template itself refuses (its words are
@@ -128,26 +136,30 @@ class ChatTemplate:
         checked = check_messages(messages)
         size = sum(len(m["content"]) for m in checked if isinstance(m.get("content"), str))
         self._budget.start(TIME_LIMIT_S, _OUTPUT_FLOOR + 8 * size)
-        variables = {
+        variables: dict[str, Any] = {
             **self._special_tokens,
             "documents": None,
             **extra,
             "messages": checked,
             "tools": None if tools is None else list(tools),
-            "add_generation_prompt": add_generation_prompt,
         }
+        words = sorted({word for word in literal if word}, key=len, reverse=True)
+        if words:
+            pattern = re.compile("|".join(map(re.escape, words)))
+            variables["messages"] = _mark(variables["messages"], pattern)
+            variables["tools"] = _mark(variables["tools"], pattern)
+        variables["add_generation_prompt"] = add_generation_prompt
         try:
             return self._budget.join(self._template.generate(variables))
         except _TemplateRefusalError as e:
             raise InvalidArgumentError(f"{self.origin}: the chat template refuses these messages: {e}") from None
-        except (_LimitError, jinja2.sandbox.SecurityError, RecursionError, MemoryError, OverflowError) as e:
-            raise UnsupportedModelError(f"{self.origin}: chat template: {e or type(e).__name__}") from None
+        except (_LimitError, jinja2.exceptions.SecurityError, RecursionError, MemoryError, OverflowError) as e:
+            raise UnsupportedModelError(f"{self.origin}: chat template: {_reason(e)}") from None
         except jinja2.TemplateError as e:
-            raise InvalidArgumentError(f"{self.origin}: the chat template fails on these messages: {e.message}") from None
+            raise InvalidArgumentError(f"{self.origin}: chat template fails on these messages: {e.message}") from None
         except Exception as e:  # templates are programs: a wrong type in one surfaces as any of Python's errors
-            raise InvalidArgumentError(
-                f"{self.origin}: the chat template fails on these messages: {type(e).__name__}: {e}"
-            ) from e
+            what = f"{type(e).__name__}: {e}"
+            raise InvalidArgumentError(f"{self.origin}: chat template fails on these messages: {what}") from e
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -181,11 +193,22 @@ def _check_message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
 def _part_text(where: str, part: Any) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         kind = part.get("type") if isinstance(part, Mapping) else part
-        raise InvalidArgumentError(f"{where} must be {{'type': 'text', 'text': ...}}, got {kind!r:.80}; only text is supported")
+        raise InvalidArgumentError(f"{where} must be a part of type 'text', the only supported one, got {kind!r:.80}")
     text = part.get("text")
     if not isinstance(text, str):
         raise InvalidArgumentError(f"{where}['text'] must be a string, got {text!r:.80}")
     return text
+
+
+def _mark(value: Any, pattern: re.Pattern[str]) -> Any:
+    """A copy with every match in every string between marks, and marks that were there before made harmless."""
+    if isinstance(value, str):
+        return pattern.sub(rf"{LITERAL_MARK}\g<0>{LITERAL_MARK}", value.replace(LITERAL_MARK, "\ufffd"))
+    if isinstance(value, Mapping):
+        return {key: _mark(item, pattern) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_mark(item, pattern) for item in value]
+    return value
 
 
 def _pick(value: Any, where: str) -> str | None:
@@ -210,6 +233,10 @@ def _no_template(where: str) -> NoReturn:
         f"{where}: has no chat template, so it is probably a base model; use generate() with your own prompt, take the"
         " instruct version of the model, or pass chat_template"
     )
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__  # MemoryError has no text
 
 
 class _TemplateRefusalError(Exception):
@@ -264,7 +291,6 @@ class _Budget(threading.local):
 @lru_cache(maxsize=1)
 def _environment() -> tuple[jinja2.Environment, _Budget]:
     """The environment that templates are written for (that of transformers), with limits. One for the process."""
-    import jinja2
     from jinja2 import nodes, sandbox
     from jinja2.compiler import CodeGenerator, Frame
     from jinja2.ext import Extension
@@ -285,7 +311,7 @@ def _environment() -> tuple[jinja2.Environment, _Budget]:
         def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
             self.visit(self._through("limited_concat", node.nodes, node.lineno), frame)
 
-        def _through(self, function: str, args: list[nodes.Expr], lineno: int) -> nodes.Expr:
+        def _through(self, function: str, args: list[Any], lineno: int) -> nodes.Expr:
             target = nodes.EnvironmentAttribute(function, lineno=lineno)
             call = nodes.Call(target, args, [], None, None, lineno=lineno)
             call.set_environment(self.environment)
@@ -324,7 +350,7 @@ def _environment() -> tuple[jinja2.Environment, _Budget]:
                 raise _LimitError(f"formats text with a width: {left!r:.40}")
             return budget.checked(super().call_binop(context, operator, left, right))
 
-        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as in jinja2
+        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
             budget.tick()
             # The sandbox wraps str.format in a function of its own.
             owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)

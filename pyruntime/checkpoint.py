@@ -1,10 +1,10 @@
-"""open_checkpoint: a Hugging Face folder or a GGUF file as a config, tensors under canonical names, and tokenizer data."""
+"""open_checkpoint: a Hugging Face folder or a GGUF file as a config, tensors by canonical name, and tokenizer data."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -39,8 +39,8 @@ class Checkpoint:
     path: the folder or the .gguf file.
     tensors: canonical name -> where it is; exactly the names and shapes of config.tensor_shapes(). Both kinds have
         `shape` and `read(row_begin, row_end) -> float32`; a FileTensor can also be read as it lies in the file.
-    generation_config: the known keys of generation_config.json, typed and in range: do_sample, temperature, top_p, top_k,
-        min_p, repetition_penalty, max_new_tokens, ... For GGUF from `general.sampling.*`.
+    generation_config: the known keys of generation_config.json, typed and in range: do_sample, temperature, top_p,
+        top_k, min_p, repetition_penalty, max_new_tokens, ... For GGUF from `general.sampling.*`.
     bos_id, eos_ids, pad_id: from generation_config.json, else config.json; for GGUF from its tokenizer.
     tokenizer_files: for safetensors.  gguf_tokenizer: for gguf, None if the file has none.
     """
@@ -57,7 +57,7 @@ class Checkpoint:
     gguf_tokenizer: GgufTokenizerMetadata | None = None
 
     def close(self) -> None:
-        """Forgets the tensors and the tokenizer's metadata. No file is held open in between, so this frees memory only."""
+        """Forgets the tensors and the tokenizer's metadata. No file is held open, so this frees memory only."""
         self.tensors = {}
         self.gguf_tokenizer = None
 
@@ -71,8 +71,8 @@ class Checkpoint:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a Hugging Face folder, a .safetensors file in one, or a .gguf file, and checks all but the tensors' bytes.
 
-    ModelNotFoundError: nothing is there. ModelFileError: a file is damaged, incomplete or untrue; the message starts with
-    its path. UnsupportedModelError: the model computes something that is not implemented, which the message names.
+    ModelNotFoundError: nothing is there. ModelFileError: a file is damaged, incomplete or untrue; the message starts
+    with its path. UnsupportedModelError: the model computes something that is not implemented, which the message names.
     """
     if not isinstance(path, (str, os.PathLike)) or "\0" in os.fsdecode(path) or not os.fsdecode(path):
         raise InvalidArgumentError(f"path is {show(path)}, expected the path of a folder or file.")
@@ -113,7 +113,7 @@ def _open_folder(folder: Path, single: Path | None = None) -> Checkpoint:
                 f"{tensor.path}: tensor {show(tensor.name)} has dtype {tensor.dtype}; supported are F32, F16 and BF16."
             )
         if name == "embed.weight" and values.get("dtype") is None and values.get("torch_dtype") is None:
-            config = replace(config, dtype={"F32": "f32", "F16": "f16", "BF16": "bf16"}[tensor.dtype])
+            config = replace(config, dtype=LOADABLE[tensor.dtype])
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path, MAX_CONFIG) if generation_path.exists() else {}
     ids = {key: _token_ids(values, key, config.n_vocab, config_path) for key in _TOKEN_KEYS}
@@ -143,7 +143,8 @@ def _open_without_config(folder: Path) -> Checkpoint:
     if len(ggufs) == 1:
         return _open_gguf(folder / ggufs[0])
     if ggufs:
-        raise ModelFileError(f"{folder}: holds {len(ggufs)} GGUF files ({', '.join(ggufs[:4])}, ...); name one of them.")
+        some = ", ".join(ggufs[:4]) + (", ..." if len(ggufs) > 4 else "")
+        raise ModelFileError(f"{folder}: holds {len(ggufs)} GGUF files ({some}); name one of them.")
     if not names:
         raise ModelFileError(f"{folder}: the folder is empty, expected config.json and {SINGLE_NAME}.")
     raise ModelFileError(f"{folder}: config.json is missing, expected a Hugging Face model folder or a .gguf file.")
@@ -161,12 +162,12 @@ def _require_weights(folder: Path) -> None:
 
 
 def bind_tensors(
-    config: ModelConfig, tensor_name: Any, found: Mapping[str, Any], path: Path
+    config: ModelConfig, tensor_name: Callable[[str], str], found: Mapping[str, Any], path: Path
 ) -> dict[str, Any]:
     """Canonical name -> tensor of the file. A missing, extra or mis-shaped tensor is a ModelFileError with both shapes.
 
-    tensor_name: canonical name -> the file's.  Ignored, if there: rotation tables, and the output matrix of a model whose
-    config says that the embedding is used for it.
+    tensor_name: canonical name -> the file's.  found: tensors of the file, with `shape` and `path`.
+    Ignored, if there: rotation tables, and the output matrix of a model whose config says that it is the embedding.
     """
     bound: dict[str, Any] = {}
     expected = {tensor_name(name): (name, shape) for name, shape in config.tensor_shapes().items()}
@@ -245,19 +246,22 @@ def read_generation_config(values: Mapping[str, Any], where: str) -> dict[str, A
 
 
 def _token_ids(values: Mapping[str, Any], key: str, n_vocab: int, path: Path) -> tuple[int, ...]:
-    """A token id or a list of them. Padding is never computed with, so an id outside the vocabulary, -1 say, is none."""
+    """A token id or a list of them. Padding is never computed, so one outside the vocabulary, -1 say, is none."""
     value = values.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if key == "pad_token_id" and all(type(i) is int for i in ids):
         ids = [i for i in ids if 0 <= i < n_vocab]
     if len(ids) > 1024 or not all(type(i) is int and 0 <= i < n_vocab for i in ids):
-        raise ModelFileError(f"{path}: {key!r} is {show(value)}, expected a token id from 0 to {n_vocab - 1} or a list of them.")
+        raise ModelFileError(
+            f"{path}: {key!r} is {show(value)}, expected a token id from 0 to {n_vocab - 1} or a list of them."
+        )
     return tuple(ids)
 
 
 def _gguf_sampling(file: GgufFile) -> dict[str, Any]:
     """`general.sampling.*` under the names of generation_config.json."""
-    names = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty"}
+    names = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
+    names |= {name: name for name in ("top_k", "top_p", "min_p")}
     prefix = "general.sampling."
     values = {names[k.removeprefix(prefix)]: v for k, v in file.metadata.items() if k.removeprefix(prefix) in names}
     return read_generation_config(values, f"{file.path}: {prefix}*")

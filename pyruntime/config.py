@@ -99,7 +99,7 @@ class ModelConfig:
         return self.max_position
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of every tensor of the model, in layer order. Weights are [out_features, in_features]."""
+        """Canonical name -> shape of every tensor of the model. Weights are [out_features, in_features]."""
         q, kv = self.h_q * self.d_head, self.h_kv * self.d_head
         shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.n_vocab, self.d_model)}
         linear = {
@@ -148,7 +148,9 @@ class Family:
 def check_config(config: ModelConfig, where: str) -> ModelConfig:
     """Checks what ties two numbers of a config together and returns it. `where` starts the message of an error."""
     if config.h_q % config.h_kv:
-        raise ModelFileError(f"{where}: {config.h_q} attention heads are not a multiple of {config.h_kv} key-value heads.")
+        raise ModelFileError(
+            f"{where}: {config.h_q} attention heads are not a multiple of {config.h_kv} key-value heads."
+        )
     low, high = D_HEAD_RANGE
     if config.d_head % 2 or not low <= config.d_head <= high:
         raise UnsupportedModelError(
@@ -157,12 +159,11 @@ def check_config(config: ModelConfig, where: str) -> ModelConfig:
     rope = config.rope
     if rope.kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         raise ModelFileError(
-            f"{where}: high_freq_factor is {rope.high_freq_factor}, expected more than low_freq_factor, {rope.low_freq_factor}."
+            f"{where}: high_freq_factor is {rope.high_freq_factor}, expected more than low_freq_factor, "
+            f"{rope.low_freq_factor}."
         )
     if rope.kind == "yarn" and rope.beta_fast < rope.beta_slow:
-        raise ModelFileError(
-            f"{where}: beta_fast is {rope.beta_fast}, expected at least beta_slow, {rope.beta_slow}."
-        )
+        raise ModelFileError(f"{where}: beta_fast is {rope.beta_fast}, expected at least beta_slow, {rope.beta_slow}.")
     return config
 
 
@@ -216,9 +217,7 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         return value
 
     try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_float=finite
-        )
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_float=finite)
     except RecursionError:
         raise ModelFileError(f"{where}: the JSON is nested too deeply.") from None
     except UnicodeDecodeError as error:
@@ -264,7 +263,7 @@ class KeyReader:
         raise ModelFileError(f"{self.where}: {key!r} is {show(value)}, expected {expected}.")
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        value = self.get(key)
+        value: object = self.get(key)
         if value is None:
             return self._missing(key) if default is None else default
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -298,12 +297,8 @@ class KeyReader:
     def neutral(self, key: str, *allowed: Any) -> None:
         """A key that is implemented for some values only: missing, null or one of `allowed`."""
         value = self.get(key)
-        if value is None or any(type(value) is type(a) and value == a for a in allowed):
-            return
-        # 1 and 1.0 say the same thing in JSON.
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and any(
-            value == a for a in allowed if isinstance(a, float)
-        ):
+        # 1 and 1.0 say the same thing in JSON, true and 1 do not.
+        if value is None or any(isinstance(value, bool) == isinstance(a, bool) and value == a for a in allowed):
             return
         only = ", ".join(show(a) for a in allowed) or "null"
         raise UnsupportedModelError(f"{self.where}: {key!r} is {show(value)}; only {only} is supported.")
@@ -317,6 +312,6 @@ class KeyReader:
         for key in self.values:
             if key not in self._understood and not key.startswith("_"):
                 raise UnsupportedModelError(
-                    f"{self.where}: the key {show(key)} (value {show(self.values[key])}) is not understood and may change "
-                    "what the model computes."
+                    f"{self.where}: the key {show(key)} (value {show(self.values[key])}) is not understood "
+                    "and may change what the model computes."
                 )

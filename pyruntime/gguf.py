@@ -35,9 +35,10 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor as it lies in a GGUF file: `shape` is row-major (the file's dimensions reversed), a row has `row_bytes` bytes.
+    """A tensor as it lies in a GGUF file.
 
-    type_name: ggml's name of the type, one of LOADABLE.  offset: absolute.
+    type_name: ggml's name of the type, one of LOADABLE.  shape: row-major, so the file's dimensions reversed.
+    offset: from the beginning of the file.  row_bytes: bytes of a row, or of one element of a vector.
     """
 
     name: str
@@ -49,7 +50,7 @@ class GgufTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size in the file. The elements of a vector count as rows."""
+        """Size in the file."""
         return self.row_bytes * _rows(self.shape)
 
 
@@ -124,7 +125,10 @@ class ArrayTensor:
         blocks = np.frombuffer(raw, np.uint8).reshape(n_row, source.row_bytes)
         with np.errstate(all="ignore"):
             out = dequantize(blocks, GGMLQuantizationType[source.type_name])
-        return np.array(out, np.float32).reshape(shape)
+        if not out.flags.writeable:  # F32 comes back as a view of `raw`
+            out = out.copy()
+        rows: npt.NDArray[np.float32] = out.reshape(shape)
+        return rows
 
 
 def file_tensor(source: GgufTensor) -> FileTensor | None:
@@ -155,7 +159,9 @@ class _Cursor:
         begin = self.at
         if nbytes > self.end - begin:
             limit = "the end of the file" if self.end < MAX_HEADER else f"{MAX_HEADER:,} bytes of header"
-            raise ModelFileError(f"{self.path}: {what} at byte {begin} needs {nbytes:,} bytes and reaches past {limit}.")
+            raise ModelFileError(
+                f"{self.path}: {what} at byte {begin} needs {nbytes:,} bytes and reaches past {limit}."
+            )
         self.at = begin + nbytes
         return begin
 
@@ -210,7 +216,8 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
     """Reads and checks the header of a GGUF file, versions 2 and 3, little-endian, not split.
 
     Every count and length is checked against the file's size, tensors must be inside the file, aligned, and must not
-    overlap. A ModelFileError starts with the path; a tensor type that cannot be dequantised is an UnsupportedModelError.
+    overlap; what is wrong is a ModelFileError that starts with the path. Types that cannot be dequantised are
+    UnsupportedModelErrors.
     """
     path = Path(path)
     size = open_size(path)
@@ -245,7 +252,7 @@ def _read_header(cursor: _Cursor) -> GgufFile:
         )
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment not in [1 << i for i in range(17)]:
-        raise ModelFileError(f"{path}: 'general.alignment' is {show(alignment)}, expected a power of two up to 65536.")
+        raise ModelFileError(f"{path}: 'general.alignment' is {show(alignment)}, expected a power of two to 65536.")
     entries = [_read_tensor(cursor) for _ in range(n_tensor)]
     data_begin = -(-cursor.at // alignment) * alignment
     return GgufFile(path, metadata, _place(path, entries, data_begin, alignment, len(cursor.data)))
@@ -268,7 +275,9 @@ def _read_tensor(cursor: _Cursor) -> GgufTensor:
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        raise UnsupportedModelError(f"{where}: has type number {number}; supported are {', '.join(LOADABLE)}.") from None
+        raise UnsupportedModelError(
+            f"{where}: has type number {number}; supported are {', '.join(LOADABLE)}."
+        ) from None
     if kind.name not in LOADABLE:
         raise UnsupportedModelError(f"{where}: has type {kind.name}; supported are {', '.join(LOADABLE)}.")
     block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -287,11 +296,14 @@ def _place(path: Path, entries: list[GgufTensor], data: int, alignment: int, siz
         if t.name in tensors:
             raise ModelFileError(f"{where}: occurs twice.")
         if t.offset % alignment or t.offset < end:
-            raise ModelFileError(f"{where}: starts at byte {t.offset} of the data, expected a multiple of {alignment} from {end}.")
+            raise ModelFileError(
+                f"{where}: starts at byte {t.offset} of the data, expected a multiple of {alignment} from {end} on."
+            )
         end = t.offset + t.nbytes
         if data + end > size:
             raise ModelFileError(
-                f"{where}: {t.type_name} of shape {list(t.shape)} ends at byte {data + end:,} of a file of {size:,} bytes."
+                f"{where}: {t.type_name} of shape {list(t.shape)} ends at byte {data + end:,}, "
+                f"but the file has {size:,} bytes."
             )
         tensors[t.name] = GgufTensor(t.name, t.type_name, t.shape, path, data + t.offset, t.row_bytes)
     return tensors

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .config import open_size, parse_json, read_json, show
+from .config import WeightType, open_size, parse_json, read_json, show
 from .errors import ModelFileError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ DTYPE_BITS: Final = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8,
     "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
-LOADABLE: Final = ("F32", "F16", "BF16")
+# What can be loaded, and what this package calls it.
+LOADABLE: Final[dict[str, WeightType]] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 _SHARD_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,240}\.safetensors", re.ASCII)
 
@@ -60,7 +61,9 @@ class FileTensor:
         if self.dtype == "BF16":
             return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
         if self.dtype not in LOADABLE:
-            raise UnsupportedModelError(f"{self.path}: tensor {show(self.name)} has dtype {self.dtype}; supported are F32, F16 and BF16.")
+            raise UnsupportedModelError(
+                f"{self.path}: tensor {show(self.name)} has dtype {self.dtype}; supported are F32, F16 and BF16."
+            )
         return np.frombuffer(raw, np.float16 if self.dtype == "F16" else np.float32).astype(np.float32).reshape(shape)
 
 
@@ -81,7 +84,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, FileTensor]:
     """The tensors of one safetensors file by name, in the order of their offsets.
 
     Checked: header length, JSON, duplicate keys, dtypes, shapes, byte lengths, and that the tensors lie one after the
-    other from the end of the header to the end of the file. Anything else is a ModelFileError that starts with the path.
+    other from the end of the header to the end of the file. What is wrong is a ModelFileError, the path first.
     """
     path = Path(path)
     size = open_size(path)
@@ -131,13 +134,19 @@ def _read_entry(path: Path, name: str, entry: Any, data: int) -> FileTensor:
         raise ModelFileError(f"{where}: the dtype is {show(dtype)}, which safetensors does not define.")
     if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_count, shape)):
         raise ModelFileError(f"{where}: the shape is {show(shape)}, expected a list of at most 32 counts.")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)) or offsets[0] > offsets[1]:
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(map(_is_count, offsets))
+        or offsets[0] > offsets[1]
+    ):
         raise ModelFileError(f"{where}: data_offsets is {show(offsets)}, expected [begin, end].")
     nbytes = offsets[1] - offsets[0]
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != nbytes * 8:
         raise ModelFileError(
-            f"{where}: data_offsets {offsets} hold {nbytes} bytes, but {dtype} of shape {show(shape)} needs {show(bits // 8)}."
+            f"{where}: data_offsets {offsets} hold {nbytes} bytes, but {dtype} of shape {show(shape)} "
+            f"needs {show(bits // 8)}."
         )
     return FileTensor(name, dtype, tuple(shape), path, data + offsets[0], nbytes)
 
@@ -157,7 +166,8 @@ def read_index(path: Path) -> dict[str, FileTensor]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
             raise ModelFileError(
-                f"{path}: tensor {show(name)} is said to be in {show(shard)}, expected the plain name of a .safetensors file."
+                f"{path}: tensor {show(name)} is said to be in {show(shard)}, "
+                "expected the plain name of a .safetensors file."
             )
     tensors: dict[str, FileTensor] = {}
     for shard in sorted(set(weight_map.values())):
@@ -165,7 +175,8 @@ def read_index(path: Path) -> dict[str, FileTensor]:
             raise ModelFileError(f"{path}: the shard {shard} is missing from {path.parent}; download the model again.")
         for name, tensor in read_header(path.parent / shard).items():
             if name in tensors:
-                raise ModelFileError(f"{path}: tensor {show(name)} is in two shards, {tensors[name].path.name} and {shard}.")
+                both = f"{tensors[name].path.name} and {shard}"
+                raise ModelFileError(f"{path}: tensor {show(name)} is in two shards, {both}.")
             tensors[name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].path.name != shard:

@@ -11,6 +11,7 @@ import codecs
 import json
 import operator
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
     from .gguf import GgufTokenizerMetadata
 
+LITERAL_MARK = "\ufdd0"  # around words of a rendered chat that must stay words; no character, so no text needs it
 _MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json seen is 34 MB
+_MAX_PIECE = 1024  # characters of a SentencePiece token; its default limit is 16
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
 _LLAMA3_SPLIT = (
@@ -128,7 +131,8 @@ class Tokenizer:
         """Builds the tokenizer that a GGUF file describes. `source`: the file, for messages.
 
         Models: "gpt2" (byte-level BPE, pre-tokenizers default, gpt-2, llama-bpe, qwen2, smollm) and "llama"
-        (SentencePiece BPE). Raises UnsupportedModelError for others, by name, and ModelFileError for lists that disagree.
+        (SentencePiece BPE). Raises UnsupportedModelError for others, by name, and ModelFileError for lists that
+        disagree.
         """
         tokens = _check_gguf_lists(meta, source)
         if meta.model == "gpt2":
@@ -183,6 +187,22 @@ class Tokenizer:
                     f"text contains {self._added_text[min(leaked)]!r}, which this tokenizer cannot encode as plain text"
                 )
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of a rendered chat: control tokens are those of the template, nothing is added around.
+
+        What ChatTemplate.render() put between LITERAL_MARKs because it came from a message is encoded as plain text.
+        """
+        ids: list[int] = []
+        for i, part in enumerate(text.split(LITERAL_MARK)):
+            if part:
+                ids += self.encode(part, add_special_tokens=False, parse_special=i % 2 == 0)
+        return ids
+
+    @property
+    def special_texts(self) -> list[str]:
+        """How the control tokens are spelt."""
+        return [self._added_text[i] for i in sorted(self.special_ids)]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, continuation: bool = False) -> str:
         """The text of `ids`. Bytes that are no UTF-8 become U+FFFD; ids without a token decode to nothing.
@@ -296,8 +316,9 @@ def _library_errors(source: str, error: type[Exception] = ModelFileError) -> Ite
 
 def _read_decoder(tk: tokenizers.Tokenizer, source: str) -> tuple[Callable[[str], bytes], bool]:
     """(bytes of a token, whether one leading space is dropped), from the decoder section of tokenizer.json."""
-    state = json.loads(tk.decoder.__getstate__()) if tk.decoder is not None else {"type": None}
-    steps = state["decoders"] if state["type"] == "Sequence" else [state]
+    decoder: Any = tk.decoder
+    state: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder is not None else {"type": None}
+    steps: list[dict[str, Any]] = state["decoders"] if state["type"] == "Sequence" else [state]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
         return _byte_level_bytes, False
@@ -321,7 +342,7 @@ def _read_post_processor(tk: tokenizers.Tokenizer, source: str) -> tuple[list[in
     for start in range(len(full) - len(bare) + 1):
         if bare and full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]
-    raise UnsupportedModelError(f"{source}: its post-processor turns the ids {bare} into {full}; only ids around are known")
+    raise UnsupportedModelError(f"{source}: post-processor turns ids {bare} into {full}; only ids around are known")
 
 
 def _check_gguf_lists(meta: GgufTokenizerMetadata, source: str) -> list[str]:
@@ -342,9 +363,8 @@ def _check_gguf_lists(meta: GgufTokenizerMetadata, source: str) -> list[str]:
             raise ModelFileError(f"{source}: {name} is {value}, but there are {n_vocab} tokens")
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(meta.tokens)]
     if len(set(tokens)) != n_vocab:
-        seen: set[str] = set()
-        twice = next(token for token in tokens if token in seen or seen.add(token))
-        raise ModelFileError(f"{source}: token {twice!r} is there twice")
+        twice = Counter(tokens).most_common(1)[0][0]
+        raise ModelFileError(f"{source}: token {twice!r:.80} is there twice")
     return tokens
 
 
@@ -398,11 +418,14 @@ def _build_sentencepiece(meta: GgufTokenizerMetadata, tokens: list[str], source:
     from tokenizers import Tokenizer, models, normalizers
 
     if meta.scores is None:
-        raise UnsupportedModelError(f"{source}: a 'llama' tokenizer without scores (tokenizer.ggml.scores) has no order")
+        raise UnsupportedModelError(f"{source}: a 'llama' tokenizer needs scores (tokenizer.ggml.scores), has none")
     byte_tokens = {f"<0x{byte:02X}>" for byte in range(256)}
     byte_fallback = byte_tokens <= {t for t, kind in zip(tokens, meta.token_types, strict=True) if kind == _BYTE}
     if not byte_fallback and meta.unk_id is None:
-        raise UnsupportedModelError(f"{source}: has neither all 256 byte tokens nor an unknown token for rare characters")
+        raise UnsupportedModelError(f"{source}: has neither all 256 byte tokens nor an unknown token")
+    longest = max(tokens, key=len, default="")
+    if len(longest) > _MAX_PIECE:
+        raise ModelFileError(f"{source}: token {longest!r:.40} has {len(longest)} characters, at most {_MAX_PIECE}")
     # Control, byte and user-defined tokens are not made of smaller ones: nothing may merge into or out of them.
     score = {
         token: s

@@ -8,15 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-
-from pyruntime.config import ModelConfig, RopeConfig, parse_json
-from pyruntime.errors import ModelFileError, UnsupportedModelError
 from pyruntime.models import FAMILIES, read_config
 from pyruntime.models.huggingface import tensor_name
 
+from pyruntime.config import ModelConfig, RopeConfig, parse_json
+from pyruntime.errors import ModelFileError, UnsupportedModelError
+
 WHERE = "folder/config.json"
 
-LLAMA3_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 LLAMA31: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
@@ -31,9 +36,10 @@ SMOLLM2: dict[str, Any] = {
     "_name_or_path": "x", "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.0416,
     "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
-    "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2,
-    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
-    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.42.3", "use_cache": True,
+    "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+    "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+    "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.42.3",
+    "use_cache": True,
     "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}, "vocab_size": 49152,
 }  # fmt: skip
 MISTRAL: dict[str, Any] = {
@@ -66,10 +72,15 @@ ALL = {"llama3.1": LLAMA31, "smollm2": SMOLLM2, "mistral": MISTRAL, "qwen2": QWE
 def transformers5(old: dict[str, Any]) -> dict[str, Any]:
     """The same config as transformers 5 writes it."""
     new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
-    new["rope_parameters"] = {"rope_type": "default", **(old.get("rope_scaling") or {}), "rope_theta": old["rope_theta"]}
+    new["rope_parameters"] = {
+        "rope_type": "default",
+        **(old.get("rope_scaling") or {}),
+        "rope_theta": old["rope_theta"],
+    }
     new |= {"dtype": old["torch_dtype"], "transformers_version": "5.0.0", "chunk_size_feed_forward": 0,
-            "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "problem_type": None,
-            "output_attentions": False, "output_hidden_states": False, "return_dict": True, "is_encoder_decoder": False}  # fmt: skip
+            "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+            "problem_type": None, "output_attentions": False, "output_hidden_states": False, "return_dict": True,
+            "is_encoder_decoder": False}  # fmt: skip
     if old["model_type"].startswith("qwen"):
         new |= {"layer_types": ["full_attention"] * old["num_hidden_layers"], "sliding_window": None}
     return new
@@ -85,10 +96,10 @@ def without(base: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 def test_llama31() -> None:
     assert read(LLAMA31) == ModelConfig(
-        family="llama", architecture="LlamaForCausalLM", n_layer=32, h_q=32, h_kv=8, d_head=128, d_model=4096, d_ff=14336,
-        n_vocab=128256, max_position=131072, norm_eps=1e-05, tied_embeddings=False, qkv_bias=False, o_bias=False,
-        mlp_bias=False, qk_norm=False, sliding_window=0, window_first_layer=0, dtype="bf16",
-        rope=RopeConfig("llama3", 500000.0, 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0),
+        family="llama", architecture="LlamaForCausalLM", n_layer=32, h_q=32, h_kv=8, d_head=128,
+        d_model=4096, d_ff=14336, n_vocab=128256, max_position=131072, norm_eps=1e-05, tied_embeddings=False,
+        qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False, sliding_window=0, window_first_layer=0,
+        dtype="bf16", rope=RopeConfig("llama3", 500000.0, 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0),
     )  # fmt: skip
 
 
@@ -162,9 +173,9 @@ def test_windows_of_qwen() -> None:
     assert (none.sliding_window, none.window_first_layer) == (0, 0)
     with pytest.raises(UnsupportedModelError, match="layer_types"):
         read(QWEN2, use_sliding_window=True, layer_types=types[::-1])
-    with pytest.raises(ModelFileError, match="layer_types.*no sliding window"):
+    with pytest.raises(ModelFileError, match=r"layer_types.*no sliding window"):
         read(QWEN2, layer_types=types)
-    with pytest.raises(ModelFileError, match="layer_types.*24 names"):
+    with pytest.raises(ModelFileError, match=r"layer_types.*24 names"):
         read(QWEN2, layer_types=types[1:])
 
 
@@ -250,7 +261,7 @@ def test_missing_keys_are_named(base: dict[str, Any]) -> None:
 
 
 def test_unknown_architectures_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModelError, match="'MambaForCausalLM'.*LlamaForCausalLM"):
+    with pytest.raises(UnsupportedModelError, match=r"'MambaForCausalLM'.*LlamaForCausalLM"):
         read(LLAMA31, architectures=["MambaForCausalLM"])
     with pytest.raises(UnsupportedModelError, match="'gpt2'"):
         read(without(LLAMA31, "architectures"), model_type="gpt2")
@@ -267,7 +278,8 @@ def test_missing_head_dim_must_divide() -> None:
     ("text", "message"),
     [
         (b'{"a": 1, "a": 2}', "'a' occurs twice"), (b'{"a": NaN}', "NaN"), (b'{"a": -Infinity}', "-Infinity"),
-        (b'{"a": 1e999}', "too large"), (b"[]", "expected a JSON object"), (b"", "not valid JSON"), (b"\xff{}", "UTF-8"),
+        (b'{"a": 1e999}', "too large"), (b"[]", "expected a JSON object"), (b"", "not valid JSON"),
+        (b"\xff{}", "UTF-8"),
         (b'{"a":' * 100_000, "nested too deeply"), (b'{"a": %s}' % (b"9" * 5000), "not valid JSON"),
     ],
 )  # fmt: skip

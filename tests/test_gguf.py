@@ -1,4 +1,4 @@
-"""GGUF files made by gguf.GGUFWriter, hostile headers made by hand, and the real SmolLM2 against its Hugging Face form."""
+"""GGUF files made by gguf.GGUFWriter, hostile headers made by hand, the real SmolLM2 against its Hugging Face form."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from pyruntime.models.gguf import llama3_divisors
 
 from pyruntime.checkpoint import Checkpoint, open_checkpoint
 from pyruntime.config import RopeConfig
 from pyruntime.errors import ModelFileError, PyruntimeError, UnsupportedModelError
 from pyruntime.gguf import LOADABLE, read_gguf, shortest
-from pyruntime.models.gguf import llama3_divisors
 
 N_LAYER, H_Q, H_KV, D_HEAD, D_MODEL, D_FF, N_VOCAB = 1, 4, 2, 16, 256, 256, 32
 KIND = gguf.GGMLQuantizationType
@@ -29,7 +29,9 @@ def heads_of(name: str) -> int:
 
 def permute(w: Any, n_head: int) -> Any:
     """What llama.cpp's converter does to Llama's Q and K: halves to interleaved pairs."""
-    return w.reshape(n_head, 2, w.shape[0] // n_head // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape) if n_head else w
+    return (
+        w.reshape(n_head, 2, w.shape[0] // n_head // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape) if n_head else w
+    )
 
 
 def tiny(arch: str, *, bias: bool = False, qk_norm: bool = False, tied: bool = False) -> dict[str, Any]:
@@ -42,7 +44,11 @@ def tiny(arch: str, *, bias: bool = False, qk_norm: bool = False, tied: bool = F
     for i in range(N_LAYER):
         b = f"blk.{i}."
         shapes |= {b + "attn_norm.weight": (D_MODEL,), b + "ffn_norm.weight": (D_MODEL,)}
-        shapes |= {b + "attn_q.weight": (q, D_MODEL), b + "attn_k.weight": (kv, D_MODEL), b + "attn_v.weight": (kv, D_MODEL)}
+        shapes |= {
+            b + "attn_q.weight": (q, D_MODEL),
+            b + "attn_k.weight": (kv, D_MODEL),
+            b + "attn_v.weight": (kv, D_MODEL),
+        }
         shapes |= {b + "attn_output.weight": (D_MODEL, q), b + "ffn_gate.weight": (D_FF, D_MODEL)}
         shapes |= {b + "ffn_up.weight": (D_FF, D_MODEL), b + "ffn_down.weight": (D_MODEL, D_FF)}
         if bias:
@@ -61,7 +67,9 @@ def write(
     drop: tuple[str, ...] = (),
     **extra: Any,
 ) -> Path:
-    """A file as the converter writes it. types: other types than F32 by name.  blocks: raw rows to be stored as they are.
+    """A file as the converter writes it. types: other types than F32, by name.
+
+    blocks: raw rows that are stored as they are.
 
     extra: metadata keys below the architecture, with "__" for "."; a leading "_" makes a key absolute.
     """
@@ -121,14 +129,29 @@ def assert_equal(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("arch", "bias", "qk_norm", "tied"),
-    [("llama", False, False, False), ("llama", True, False, True), ("qwen2", True, False, True), ("qwen3", False, True, False)],
+    [
+        ("llama", False, False, False),
+        ("llama", True, False, True),
+        ("qwen2", True, False, True),
+        ("qwen3", False, True, False),
+    ],
 )
-def test_families_come_back_in_hugging_face_order(arch: str, bias: bool, qk_norm: bool, tied: bool, tmp_path: Path) -> None:
+def test_families_come_back_in_hugging_face_order(
+    arch: str, bias: bool, qk_norm: bool, tied: bool, tmp_path: Path
+) -> None:
     tensors = tiny(arch, bias=bias, qk_norm=qk_norm, tied=tied)
     checkpoint = open_checkpoint(write(tmp_path / "m.gguf", tensors, arch))
     assert_equal(checkpoint, tensors)
     c = checkpoint.config
-    assert (c.family, c.n_layer, c.h_q, c.h_kv, c.d_head, c.d_model, c.d_ff) == (arch, 1, H_Q, H_KV, D_HEAD, D_MODEL, D_FF)
+    assert (c.family, c.n_layer, c.h_q, c.h_kv, c.d_head, c.d_model, c.d_ff) == (
+        arch,
+        1,
+        H_Q,
+        H_KV,
+        D_HEAD,
+        D_MODEL,
+        D_FF,
+    )
     assert (c.n_vocab, c.max_position, c.norm_eps, c.dtype) == (N_VOCAB, 512, 1e-5, "f32")
     assert (c.qkv_bias, c.qk_norm, c.tied_embeddings) == (bias, qk_norm, tied)
     assert c.rope == RopeConfig("default", 10000.0)
@@ -230,15 +253,17 @@ def converter_factors(theta: float, d: int, factor: float) -> list[float]:
 TOKENIZER: dict[str, Any] = {
     "_tokenizer__ggml__model": "gpt2", "_tokenizer__ggml__pre": "llama-bpe",
     "_tokenizer__ggml__tokens": [f"t{i}é" for i in range(N_VOCAB)], "_tokenizer__ggml__token_type": [1] * N_VOCAB,
-    "_tokenizer__ggml__merges": ["t 1", "t 2"], "_tokenizer__ggml__bos_token_id": 1, "_tokenizer__ggml__eos_token_id": 2,
-    "_tokenizer__ggml__eot_token_id": 5, "_tokenizer__ggml__padding_token_id": -1,
+    "_tokenizer__ggml__merges": ["t 1", "t 2"], "_tokenizer__ggml__bos_token_id": 1,
+    "_tokenizer__ggml__eos_token_id": 2, "_tokenizer__ggml__eot_token_id": 5, "_tokenizer__ggml__padding_token_id": -1,
     "_tokenizer__ggml__add_bos_token": True, "_tokenizer__chat_template": "{{ x }}",
 }  # fmt: skip
 
 
 def test_tokenizer_metadata(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(
-        write(tmp_path / "m.gguf", tiny("llama"), **TOKENIZER, _general__sampling__temp=0.5, _general__sampling__top_k=40)
+        write(
+            tmp_path / "m.gguf", tiny("llama"), **TOKENIZER, _general__sampling__temp=0.5, _general__sampling__top_k=40
+        )
     )
     t = checkpoint.gguf_tokenizer
     assert t is not None
@@ -272,12 +297,15 @@ def test_bad_tokenizer_metadata(changes: dict[str, Any], message: str, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_count": 0}, "'block_count' is 0"), ({"block_count": 2}, "'blk.1.attn_norm.weight' of shape [256] is missing"),
-        ({"attention__head_count": 3}, "3 attention heads are not a multiple"), ({"attention__key_length": 7}, "value_length"),
+        ({"block_count": 0}, "'block_count' is 0"),
+        ({"block_count": 2}, "'blk.1.attn_norm.weight' of shape [256] is missing"),
+        ({"attention__head_count": 3}, "3 attention heads are not a multiple"),
+        ({"attention__key_length": 7}, "value_length"),
         ({"feed_forward_length": 128}, "'blk.0.ffn_gate.weight' has shape [256, 256], expected [128, 256]"),
         ({"new_thing": 1}, "'new_thing'"), ({"expert_count": 8}, "'expert_count' is 8"),
         ({"rope__dimension_count": 8}, "'rope.dimension_count' is 8"), ({"_split__count": 2}, "one of 2 parts"),
-        ({"_general__type": "adapter"}, "'general.type' is 'adapter'"), ({"_general__alignment": 3}, "'general.alignment' is 3"),
+        ({"_general__type": "adapter"}, "'general.type' is 'adapter'"),
+        ({"_general__alignment": 3}, "'general.alignment' is 3"),
         ({"attention__scale": 0.5}, "'attention.scale' is 0.5"), ({"logit_scale": 0.5}, "'logit_scale' is 0.5"),
         ({"rope__freq_base": 0.0}, "'rope.freq_base' is 0"), ({"attention__head_count_kv": [2]}, "head_count_kv"),
         ({"attention__layer_norm_rms_epsilon": float("nan")}, "is nan"), ({"context_length": "x"}, "is 'x'"),
@@ -292,7 +320,9 @@ def test_bad_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -> 
 
 
 def test_other_architectures_and_tensors_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"architecture is 'mamba'; supported in GGUF are llama, qwen2, qwen3"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"architecture is 'mamba'; supported in GGUF are llama, qwen2, qwen3"
+    ):
         open_checkpoint(write(tmp_path / "m.gguf", tiny("llama"), "mamba"))
     extra = {**tiny("llama"), "blk.0.ffn_gate_inp.weight": np.zeros((8, 256), np.float32)}
     with pytest.raises(ModelFileError, match=r"'blk.0.ffn_gate_inp.weight' of shape \[8, 256\] is not part of"):
@@ -335,7 +365,9 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "past the end": (header(1, 0, ENTRY + struct.pack("<QIQ", 32, 0, 2**63) + bytes(99)), "ends at byte"),
     "unaligned": (header(1, 0, ENTRY + struct.pack("<QIQ", 1, 0, 4) + bytes(99)), "starts at byte 4"),
     "overlap": (
-        header(2, 0, ENTRY + struct.pack("<QIQ", 9, 0, 0) + string(b"u") + struct.pack("<IQIQ", 1, 9, 0, 32) + bytes(199)),
+        header(
+            2, 0, ENTRY + struct.pack("<QIQ", 9, 0, 0) + string(b"u") + struct.pack("<IQIQ", 1, 9, 0, 32) + bytes(199)
+        ),
         "starts at byte 32",
     ),
     "same name": (header(2, 0, (ENTRY + struct.pack("<QIQ", 1, 0, 0)) * 2 + bytes(99)), "occurs twice"),
@@ -381,10 +413,13 @@ def test_the_header_equals_what_the_gguf_package_reads(smollm2_gguf: Path) -> No
     assert set(fields) == set(ours.metadata)
     for key, value in fields.items():
         mine = ours.metadata[key]
-        assert (list(mine) if isinstance(value, list) else np.float32(mine) if isinstance(value, float) else mine) == value
-    assert {t.name: (t.tensor_type.name, tuple(reversed(t.shape.tolist())), t.data_offset, t.n_bytes) for t in theirs.tensors} == {
-        t.name: (t.type_name, t.shape, t.offset, t.nbytes) for t in ours.tensors.values()
-    }
+        assert (
+            list(mine) if isinstance(value, list) else np.float32(mine) if isinstance(value, float) else mine
+        ) == value
+    assert {
+        t.name: (t.tensor_type.name, tuple(reversed(t.shape.tolist())), t.data_offset, t.n_bytes)
+        for t in theirs.tensors
+    } == {t.name: (t.type_name, t.shape, t.offset, t.nbytes) for t in ours.tensors.values()}
 
 
 def test_the_real_model_equals_its_hugging_face_form(smollm2_gguf: Path, smollm2_hf: Path) -> None:

@@ -67,9 +67,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "not JSON": (file_bytes("{nope}"), "not valid JSON"),
     "not UTF-8": (struct.pack("<Q", 5) + b'{"\xff":', "not UTF-8"),
     "no header": (struct.pack("<Q", 0), "starts with"),
-    "duplicate tensor": (
-        file_bytes('{"a":%s,"a":%s}' % (json.dumps(A), json.dumps(A)), b"\0" * 8), "'a' occurs twice"
-    ),
+    "duplicate tensor": (file_bytes('{"a":1,"a":1}'), "'a' occurs twice"),
     "duplicate inner key": (
         file_bytes('{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"\0" * 8),
         "'dtype' occurs twice",
@@ -133,7 +131,9 @@ def test_every_file_that_we_accept_is_accepted_by_the_package(tmp_path: Path) ->
             at += n
         names = list(tensors)
         rng.shuffle(names)
-        raw = file_bytes({n: tensors[n] for n in names}, bytes(max(at + rng.choice([0] * 8 + [1, -1]), 0)), rng.randrange(9))
+        raw = file_bytes(
+            {n: tensors[n] for n in names}, bytes(max(at + rng.choice([0] * 8 + [1, -1]), 0)), rng.randrange(9)
+        )
         theirs = oracle(raw)
         try:
             ours: dict[str, FileTensor] | None = read_header(write(tmp_path, raw))
@@ -191,8 +191,8 @@ def test_the_symlinks_of_a_hub_snapshot_are_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "shard",
-    ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", "x.bin", ".hidden.safetensors", "a\\b.safetensors",
-     "a\0.safetensors", "x.safetensors\n", "\ud800.safetensors", 7, None, ["x.safetensors"]],
+    ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", "x.bin", ".hidden.safetensors",
+     "a\\b.safetensors", "a\0.safetensors", "x.safetensors\n", "\ud800.safetensors", 7, None, ["x.safetensors"]],
 )  # fmt: skip
 def test_only_plain_shard_names_are_opened(shard: Any, tmp_path: Path) -> None:
     folder = tmp_path / "model"
@@ -206,10 +206,10 @@ def test_only_plain_shard_names_are_opened(shard: Any, tmp_path: Path) -> None:
 def test_what_an_index_says_must_be_true(tmp_path: Path) -> None:
     one, two = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     sharded(tmp_path, {"a": one, "b": one})
-    with pytest.raises(ModelFileError, match="tensor 'b' is said to be in model-00001.*no shard has it"):
+    with pytest.raises(ModelFileError, match=r"tensor 'b' is said to be in model-00001.*no shard has it"):
         read_folder(tmp_path)
     sharded(tmp_path, {"a": one, "b": two, "c": two})
-    with pytest.raises(ModelFileError, match="tensor 'c' is said to be in model-00002.*no shard has it"):
+    with pytest.raises(ModelFileError, match=r"tensor 'c' is said to be in model-00002.*no shard has it"):
         read_folder(tmp_path)
     sharded(tmp_path, {"a": two, "b": one})
     with pytest.raises(ModelFileError, match=r"tensor 'a' is said to be in .*00002.*but it is in .*00001"):
@@ -219,7 +219,7 @@ def test_what_an_index_says_must_be_true(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="tensor 'a' is in two shards"):
         read_folder(tmp_path)
     (tmp_path / two).unlink()
-    with pytest.raises(ModelFileError, match="shard model-00002-of-00002.safetensors is missing"):
+    with pytest.raises(ModelFileError, match=r"shard model-00002-of-00002\.safetensors is missing"):
         read_folder(tmp_path)
     for value in ({}, [], None, "x"):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": value}))

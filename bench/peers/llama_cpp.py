@@ -30,7 +30,7 @@ from gguf_from_hf import write_gguf
 
 VERSION = "0.3.36"  # of llama-cpp-python, whose source package carries llama.cpp
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-BUSY_LIMIT = 0.05  # share of the machine that others may use before a run is called disturbed
+BUSY_LIMIT = 0.03  # share of the machine that others may use before a run is called disturbed
 
 Samples = dict[str, list[float]]  # test name ("pp512", "tg64") -> tokens per second of every repetition
 
@@ -62,7 +62,7 @@ def build(work: Path, jobs: int) -> Path:
     if binary.exists():
         return binary
     source = fetch_source(work)
-    say(f"building llama-bench in {work / 'build'} with {jobs} jobs (134 files, about 7 CPU minutes)")
+    say(f"building llama-bench in {work / 'build'} with {jobs} jobs (134 files, about 13 CPU minutes)")
     flags = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF"]
     flags += [f"-DLLAMA_{part}=OFF" for part in ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_SERVER", "OPENSSL")]
     with (work / "build.log").open("w") as log:
@@ -84,35 +84,27 @@ def convert(folder: Path, work: Path) -> Path:
     return out
 
 
-def busy_share(seconds: float = 1.0) -> float:
-    """Share of all cores in use right now, by whatever else runs on this machine."""
-
-    def ticks() -> tuple[int, int]:
-        values = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        return sum(values), values[3] + values[4]
-
-    total, idle = ticks()
-    time.sleep(seconds)
-    total_after, idle_after = ticks()
-    return round(1.0 - (idle_after - idle) / max(total_after - total, 1), 3)
+def busy_seconds() -> tuple[float, float]:
+    """CPU seconds that all cores spent working (or lost to the hypervisor), and those of our finished children."""
+    ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    times = os.times()
+    idle = ticks[3] + ticks[4]
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK"), times.children_user + times.children_system
 
 
-def run_json(command: Sequence[str]) -> Any:
+def run_json(command: Sequence[str]) -> tuple[Any, float]:
+    """What the command printed, and the share of the machine that others used while it ran."""
+    start, (all_before, ours_before) = time.monotonic(), busy_seconds()
     result = subprocess.run(command, capture_output=True, text=True)
+    seconds, (all_after, ours_after) = time.monotonic() - start, busy_seconds()
     if result.returncode:
         raise SystemExit(f"{shlex.join(command)} exited with {result.returncode}:\n{result.stderr[-2000:]}")
-    return json.loads(result.stdout)
+    others = (all_after - all_before - (ours_after - ours_before)) / (seconds * (os.cpu_count() or 1))
+    return json.loads(result.stdout), round(max(others, 0.0), 3)
 
 
-def run_theirs(command: Sequence[str]) -> tuple[Samples, str]:
-    """Samples of one llama-bench run, and its build."""
-    rows = run_json(command)
-    samples = {f"pp{r['n_prompt']}" if r["n_prompt"] else f"tg{r['n_gen']}": r["samples_ts"] for r in rows}
-    return samples, f"build {rows[0]['build_number']} ({rows[0]['build_commit']})"
-
-
-def run_ours(command: Sequence[str]) -> Samples:
-    return {row["test"]: row["tok_s"] for row in run_json(command)}
+def llama_bench_samples(rows: list[dict[str, Any]]) -> Samples:
+    return {f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}": row["samples_ts"] for row in rows}
 
 
 def find_ours(command: str | None) -> list[str] | None:
@@ -159,23 +151,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         say("pyruntime was not found beside this Python or on the PATH: measuring llama.cpp alone")
 
     samples: dict[str, Samples] = {"ours": {}, "theirs": {}}
-    disturbed: list[float] = []
+    others: list[float] = []
     theirs_build = ""
     for turn in range(args.rounds):
-        for who in ("theirs", "ours"):
-            if who == "ours" and ours_command is None:
+        for who, command in (("theirs", theirs_command), ("ours", ours_command)):
+            if command is None:
                 continue
-            disturbed.append(busy_share())
-            say(f"round {turn + 1} of {args.rounds}: {who} (machine {disturbed[-1]:.0%} busy before)")
+            rows, busy = run_json(command)
+            others.append(busy)
+            say(f"round {turn + 1} of {args.rounds}: {who} (others used {busy:.0%} of the machine)")
             if who == "theirs":
-                new, theirs_build = run_theirs(theirs_command)
+                theirs_build = f"build {rows[0]['build_number']} ({rows[0]['build_commit']})"
+                new = llama_bench_samples(rows)
             else:
-                assert ours_command is not None
-                new = run_ours(ours_command)
+                new = {row["test"]: row["tok_s"] for row in rows}
             for test, values in new.items():
                 samples[who].setdefault(test, []).extend(values)
-    if max(disturbed) > BUSY_LIMIT:
-        say(f"warning: something else used up to {max(disturbed):.0%} of the machine; repeat on an idle one")
+    if max(others) > BUSY_LIMIT:
+        say(f"warning: others used up to {max(others):.0%} of the machine; repeat when it is idle")
 
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -184,7 +177,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model.resolve().name,
         "dtype": "bf16",
         "rounds": args.rounds,
-        "busy_before_each_run": disturbed,
+        "others_busy": others,
         "ours": {"commit": our_commit(), "tests": summary(samples["ours"])},
         "theirs": {
             "version": f"llama.cpp {theirs_build} of llama-cpp-python {VERSION}",

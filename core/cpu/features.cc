@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
 #include "base/check.h"
@@ -62,9 +61,10 @@ Isa isa_from_name(const std::string& name) {
 
 Isa isa_best() {
   static const Isa machine = detect();
-  const char* bound = std::getenv("PYRUNTIME_CPU_ISA");
-  return bound && *bound ? std::min(machine, isa_from_name(bound)) : machine;
+  return machine;
 }
+
+Isa isa_at_most(const char* name) { return name && *name ? std::min(isa_best(), isa_from_name(name)) : isa_best(); }
 
 std::string cpu_model_name() {
   std::string name = "CPU";

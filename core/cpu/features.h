@@ -8,8 +8,8 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx =
 
 const char* isa_name(Isa isa);
 Isa isa_from_name(const std::string& name);  // fails by name on anything unknown
-// The best level of this machine, or the one that the environment variable PYRUNTIME_CPU_ISA sets as the upper bound.
-Isa isa_best();
+Isa isa_best();                       // of this machine
+Isa isa_at_most(const char* name);    // the best that is not above `name`; NULL: isa_best()
 std::string cpu_model_name();
 
 }  // namespace prt

@@ -39,7 +39,8 @@ Session::Session(std::shared_ptr<const Model> model, const prt_session_config& c
       config_(complete(config, model_->config)),
       rope_(make_rope_table(model_->config, config_.max_context)),
       threads_(config_.n_threads),
-      backend_(cpu_backend(threads_, isa_best())),
+      isa_(isa_at_most(config.cpu_isa)),
+      backend_(cpu_backend(threads_, isa_)),
       max_pages_(pages_for(config_.max_context)) {
   const ModelConfig& c = model_->config;
   check(model_->finalized, "the model is not finalized");
@@ -60,7 +61,7 @@ Session::Session(std::shared_ptr<const Model> model, const prt_session_config& c
     kv_.v.push_back(pages.take(c.weight_dtype(), config_.n_page, c.h_kv, kPageTokens, c.d_head));
   }
   if (log_wanted(PRT_LOG_INFO))
-    log_write(PRT_LOG_INFO, text("session: ", threads_.size(), " threads, ", isa_name(isa_best()), ", max_context ", config_.max_context, ", ",
+    log_write(PRT_LOG_INFO, text("session: ", threads_.size(), " threads, ", isa_name(isa_), ", max_context ", config_.max_context, ", ",
                                  config_.n_page, " KV pages (", kv >> 20, " MiB), workspace ", workspace >> 20, " MiB"));
 }
 
@@ -208,6 +209,15 @@ void Session::run_outputs(const prt_batch& b, const std::vector<Output>& outputs
   }
 }
 
+// The callback may be slow (a Python function, 2 us and a lock), a layer may be fast: ask 50 times a second.
+bool Session::keep_going() {
+  if (!config_.abort) return true;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - last_poll_ < std::chrono::milliseconds(20)) return true;
+  last_poll_ = now;
+  return config_.abort(config_.user) == 0;
+}
+
 void Session::step(const prt_batch& b) {
   const auto start = std::chrono::steady_clock::now();
   check_batch(b);
@@ -240,11 +250,7 @@ void Session::step(const prt_batch& b) {
       }
       const Rows rows = fill_rows(b, pieces_);
       forward(backend_, model_->config, model_->weights, kv_, rows, act_,
-              [](void* self) {
-                const prt_session_config& c = static_cast<Session*>(self)->config_;
-                return !c.abort || c.abort(c.user) == 0;
-              },
-              this);
+              [](void* self) { return static_cast<Session*>(self)->keep_going(); }, this);
       outputs_.clear();
       int64_t row = 0;
       for (const Piece& p : pieces_)

@@ -1,5 +1,6 @@
 // A page pool, the working memory of one step, and the step itself.
 #pragma once
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -39,11 +40,13 @@ class Session {
   Rows fill_rows(const prt_batch& batch, std::vector<Piece>& pieces);
   void run_outputs(const prt_batch& batch, const std::vector<Output>& outputs, const std::vector<int64_t>& logits_row);
   int64_t layout(Arena& arena);
+  bool keep_going();
 
   std::shared_ptr<const Model> model_;
   prt_session_config config_;
   RopeTable rope_;
   ThreadPool threads_;
+  Isa isa_;
   Backend backend_;
   int64_t max_pages_;  // of one sequence
   HostBuffer kv_buffer_, workspace_;
@@ -60,6 +63,7 @@ class Session {
   std::vector<int32_t> top_ids_;
   std::vector<float> top_logprobs_;
   Growth growth_;
+  std::chrono::steady_clock::time_point last_poll_;
   prt_session_stats counters_ = PRT_SESSION_STATS_INIT;
 };
 

@@ -1,0 +1,80 @@
+"""pyruntime: a lightweight long-context LLM runtime without torch.
+
+    import pyruntime
+    with pyruntime.Model("smollm2-135m") as m:
+        print(m.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
+
+Names are imported on first use: `import pyruntime` loads neither numpy nor the library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    AbortedError,
+    ContextLengthError,
+    DeviceError,
+    InternalError,
+    InvalidArgumentError,
+    ModelFileError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    OutOfPagesError,
+    PyruntimeError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from ._lib import build_info
+    from .generate import Completion, Timings, TokenLogprob, Usage
+    from .model import Model, Stream
+    from .sampling import SamplingParams
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Model": "model",
+    "Stream": "model",
+    "Completion": "generate",
+    "Timings": "generate",
+    "TokenLogprob": "generate",
+    "Usage": "generate",
+    "SamplingParams": "sampling",
+    "build_info": "_lib",
+}
+
+__all__ = [
+    "AbortedError",
+    "Completion",
+    "ContextLengthError",
+    "DeviceError",
+    "InternalError",
+    "InvalidArgumentError",
+    "Model",
+    "ModelFileError",
+    "ModelNotFoundError",
+    "OutOfMemoryError",
+    "OutOfPagesError",
+    "PyruntimeError",
+    "SamplingParams",
+    "Stream",
+    "Timings",
+    "TokenLogprob",
+    "UnsupportedModelError",
+    "Usage",
+    "__version__",
+    "build_info",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pyruntime' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,357 @@
+"""pyruntime.Model: a model on a device, ready to generate."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from . import catalog, download, env
+from ._abi import PAGE_TOKENS
+from ._lib import devices
+from .chat import ChatTemplate
+from .checkpoint import Checkpoint, open_checkpoint
+from .config import ModelConfig
+from .errors import ContextLengthError, DeviceError, InvalidArgumentError, OutOfMemoryError, UnsupportedModelError
+from .generate import Completion, PageBudget, Request, run
+from .sampling import SamplingParams
+from .session import DTYPES, Entry, FloatArray, Session, Weights
+from .tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+_KEEP_FREE = 1 << 30  # bytes of memory that sizing by default leaves to others
+_POOL_SEQUENCES = 8  # sequences of full length that the page pool holds, memory permitting
+
+
+class Model:
+    """A Llama-family model with its tokenizer, chat template and KV cache.
+
+    name: catalogue name ("smollm2-135m"), hub repository ("org/name"), folder, or .gguf / .safetensors file.
+    device: "auto" (a usable GPU, else the CPU), "cpu", "cuda" or "cuda:N". It never changes silently; see the `device` attribute.
+    dtype: of weights and KV: "auto" (the file's own; bf16 for quantised files), "bf16", "f16" or "f32".
+    max_context: most tokens of one sequence, prompt included; None: the model's own, or what fits the memory with 1 GiB left.
+    attention: decode attention policy; this version has "full".
+    threads: CPU threads; None: PYRUNTIME_THREADS, else one per physical core.
+    progress: show download and loading on stderr.  offline: use only what is on disk.
+
+    Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, DeviceError, OutOfMemoryError, InvalidArgumentError.
+    Use it as a context manager, or call close(), to free its memory at once. Any number of threads may call it.
+    """
+
+    def __init__(
+        self,
+        name: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_context: int | None = None,
+        attention: str = "full",
+        threads: int | None = None,
+        progress: bool = False,
+        offline: bool = False,
+    ) -> None:
+        if attention != "full":
+            raise InvalidArgumentError(f"attention is {attention!r}, expected 'full', the only policy of this version")
+        if dtype not in ("auto", *DTYPES):
+            raise InvalidArgumentError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, DTYPES))}")
+        for what, value in (("max_context", max_context), ("threads", threads)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InvalidArgumentError(f"{what} is {value!r}, expected a positive integer")
+        self.device = _pick_device(device)
+        source = catalog.resolve(name if isinstance(name, (str, Path)) else os.fspath(name))
+        if source.note:
+            print(f"pyruntime: {source.note}", file=sys.stderr)
+        self.name = source.name
+        self.path = download.fetch(source, progress=progress, offline=offline)
+        checkpoint = open_checkpoint(self.path)
+        self.config: ModelConfig = checkpoint.config
+        self.dtype = self.config.dtype if dtype == "auto" else dtype
+        if max_context is not None and max_context > self.config.context_length:
+            raise ContextLengthError(f"max_context is {max_context}, {self.name} is made for {self.config.context_length} tokens")
+        self.generation_config: dict[str, Any] = checkpoint.generation_config
+        self.tokenizer = _open_tokenizer(checkpoint)
+        if self.tokenizer.n_vocab > self.config.n_vocab:
+            raise UnsupportedModelError(
+                f"{self.path}: the tokenizer has {self.tokenizer.n_vocab} tokens, the model's embedding {self.config.n_vocab} rows"
+            )
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys((*checkpoint.eos_ids, *self.tokenizer.eos_ids)))
+        self._template: ChatTemplate | None = None
+        self._open_template: Callable[[], ChatTemplate] = _template_opener(checkpoint)
+        threads = threads or env.threads() or 0
+        self._weights = Weights(self.config, dtype=self.dtype, device=self.device)
+        self._weights.load(checkpoint.tensors, threads=min(8, os.cpu_count() or 1), progress=_progress_line if progress else None)
+        checkpoint.close()
+        self.max_context, n_page = self._size(max_context)
+        self._session = Session(self._weights, max_context=self.max_context, n_page=n_page, threads=threads, cpu_isa=env.cpu_isa())
+        self._budget = PageBudget(n_page)
+
+    def _size(self, max_context: int | None) -> tuple[int, int]:
+        """(max_context, pages of the pool) that fit the free memory with 1 GiB left."""
+        c = self.config
+        page_bytes = 2 * c.n_layer * c.h_kv * c.d_head * PAGE_TOKENS * (4 if self.dtype == "f32" else 2)
+        free = next(d.memory_free for d in devices() if d.id.decode() == self.device)
+        fit = max(0, free - _KEEP_FREE) // page_bytes
+        wanted = -(-(max_context or c.context_length) // PAGE_TOKENS)
+        if fit < wanted and (max_context is not None or fit == 0):
+            raise OutOfMemoryError(
+                f"max_context {max_context or c.context_length} needs {wanted * page_bytes >> 20} MiB of KV cache; {free >> 20} MiB are free on "
+                f"{self.device}, 1024 of which are kept free: the largest max_context that fits is {fit * PAGE_TOKENS}"
+            )
+        context = max_context or min(c.context_length, fit * PAGE_TOKENS)
+        return context, min(fit, _POOL_SEQUENCES * -(-context // PAGE_TOKENS))
+
+    # -- text and tokens
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. add_special_tokens: with the begin token, where the model uses one."""
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def detokenize(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of token ids."""
+        return self.tokenizer.decode(self._checked(ids, "ids"), skip_special=skip_special)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template: Any) -> str:
+        """The prompt text that the model's own chat template makes of the messages. template: extra variables for the template."""
+        return self._chat_template().render(messages, add_generation_prompt=add_generation_prompt, **template)
+
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            self._template = self._open_template()
+        return self._template
+
+    # -- generation
+
+    @overload
+    def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Any) -> Completion: ...
+    @overload
+    def generate(self, prompt: list[str] | list[list[int]], *, stream: Literal[False] = False, **options: Any) -> list[Completion]: ...
+    @overload
+    def generate(self, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Stream: ...
+
+    def generate(self, prompt: Any, *, stream: bool = False, **options: Any) -> Completion | list[Completion] | Stream:
+        """Continues a prompt (text or token ids), or a list of prompts as one batch.
+
+        stream: return an iterator of text increments (see Stream) instead of a Completion.
+        options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p, seed, stop, logprobs, ...), over the defaults
+        of the model's generation_config. Without max_tokens it goes on until the end token or until the context is full.
+
+        Raises ContextLengthError when a prompt does not fit, InvalidArgumentError for anything wrong with the arguments.
+        """
+        is_list = isinstance(prompt, (list, tuple)) and (not prompt or not _is_id(prompt[0]))
+        params = SamplingParams.from_options(self.generation_config, options)
+        for token in (*params.stop_token_ids, *params.logit_bias):
+            if token >= self.config.n_vocab:
+                raise InvalidArgumentError(f"token {token} in stop_token_ids or logit_bias is outside the vocabulary of {self.config.n_vocab}")
+        if (params.logprobs or 0) > self.config.n_vocab:
+            raise InvalidArgumentError(f"logprobs is {params.logprobs}, more than the vocabulary of {self.config.n_vocab}")
+        if is_list and stream:
+            raise InvalidArgumentError("stream=True takes one prompt, not a list")
+        prompts = [self._prompt_ids(p) for p in (prompt if is_list else [prompt])]
+        requests = [self._request(ids, params) for ids in prompts]
+        if stream:
+            return Stream(self._open_session(), requests[0], self._budget)
+        for _ in run(self._open_session(), requests, self._budget):
+            pass
+        done = [r.completion() for r in requests]
+        return done if is_list else done[0]
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any) -> Completion | Stream:
+        """Answers a conversation [{"role": "user", "content": "..."}] through the model's chat template; options as in generate.
+
+        Control tokens spelled out in a message stay text: a user cannot end their turn with "<|im_end|>".
+        """
+        ids = self.tokenizer.encode_chat(self._chat_template().render(messages, literal=self.tokenizer.special_texts))
+        return self.generate(ids, stream=True, **options) if stream else self.generate(ids, **options)
+
+    # -- scoring
+
+    def logits(self, ids: Sequence[int]) -> FloatArray:
+        """Next-token logits after every token: float32 [n_tokens, n_vocab]."""
+        tokens = self._fitting(self._checked(ids, "ids"))
+        result = self._step(tokens, logits="all").logits
+        assert result is not None
+        return result
+
+    def perplexity(self, text: str | Sequence[int], *, max_tokens: int | None = None) -> float:
+        """exp of the mean negative log-likelihood of every token but the first. No begin token is added.
+
+        A text (or token ids) longer than max_context is scored in consecutive windows of that size, the first token of each excepted.
+        max_tokens: score only that many tokens from the start.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else self._checked(text, "text")
+        if max_tokens is not None:
+            if max_tokens < 2 or max_tokens > len(ids):
+                raise InvalidArgumentError(f"max_tokens is {max_tokens}, the text has {len(ids)} tokens: expected 2 to {len(ids)}")
+            ids = ids[:max_tokens]
+        if len(ids) < 2:
+            raise InvalidArgumentError(f"perplexity needs at least 2 tokens, the text has {len(ids)}")
+        total, count = 0.0, 0
+        for begin in range(0, len(ids) - 1, self.max_context):
+            window = np.asarray(ids[begin : begin + self.max_context], dtype=np.int32)
+            if len(window) < 2:
+                break
+            scores = self._step(window, targets=np.append(window[1:], np.int32(-1))).target_logprobs
+            assert scores is not None
+            total -= float(scores[:-1].sum(dtype=np.float64))
+            count += len(window) - 1
+        return math.exp(total / count)
+
+    # -- the rest
+
+    def stats(self) -> dict[str, Any]:
+        """Pages, memory and token counters of this model's session; sizes in bytes, times in seconds."""
+        session = self._open_session().stats()
+        rate = {
+            f"{kind}_tok_s": session[f"n_{kind}_token"] / session[f"{kind}_seconds"] if session[f"{kind}_seconds"] else 0.0
+            for kind in ("prefill", "decode")
+        }
+        return {"device": self.device, "dtype": self.dtype, "attention": "full", "weight_bytes": self._weights.nbytes, **session, **rate}
+
+    def close(self) -> None:
+        """Frees weights and KV cache. Harmless when called twice."""
+        self._session.close()
+        self._weights.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<pyruntime.Model {self.name} on {self.device}, {self.dtype}, max_context {self.max_context}>"
+
+    def _open_session(self) -> Session:
+        if not self._session.handle:
+            raise InvalidArgumentError(f"the model {self.name} is closed")
+        return self._session
+
+    def _step(self, tokens: Any, **wanted: Any) -> Any:
+        session = self._open_session()
+        pages = -(-len(tokens) // PAGE_TOKENS)
+        if not self._budget.take(pages):
+            raise OutOfMemoryError(f"{pages} KV pages are needed, {self._budget.free} are not spoken for: wait until other calls are done")
+        try:
+            seq = session.create_sequence()
+            try:
+                return session.step([Entry(seq, tokens)], **wanted)
+            finally:
+                session.free_sequence(seq)
+        finally:
+            self._budget.give(pages)
+
+    def _request(self, ids: list[int], params: SamplingParams) -> Request:
+        return Request(ids, params, self.tokenizer, eos_ids=self.eos_ids, n_vocab=self.config.n_vocab, max_context=self.max_context)
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked(prompt, "prompt")
+        if not ids:
+            raise InvalidArgumentError("the prompt is empty: it needs at least one token")
+        return ids
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        if not 1 <= len(ids) <= self.max_context:
+            raise ContextLengthError(f"{len(ids)} tokens were given, expected 1 to {self.max_context} (max_context)")
+        return ids
+
+    def _checked(self, ids: Any, what: str) -> list[int]:
+        if isinstance(ids, np.ndarray) and ids.ndim == 1:
+            ids = ids.tolist()
+        if not isinstance(ids, (list, tuple)):
+            raise InvalidArgumentError(f"{what} is {type(ids).__name__}, expected text or a list of token ids")
+        for i, token in enumerate(ids):
+            if not _is_id(token) or not 0 <= token < self.config.n_vocab:
+                raise InvalidArgumentError(f"{what}[{i}] is {token!r}, expected a token id from 0 to {self.config.n_vocab - 1}")
+        return [int(t) for t in ids]
+
+
+class Stream:
+    """Iterator over the text increments of one generation; `completion` holds what was made so far, also after a break or Ctrl-C.
+
+    Increments never hold half a character and never a part of a stop string.
+    """
+
+    def __init__(self, session: Session, request: Request, budget: PageBudget) -> None:
+        self._request = request
+        self._pieces = run(session, [request], budget)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        for _, piece in self._pieces:
+            if piece:
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stops generating and frees the pages; also happens when the object is dropped."""
+        self._pieces.close()  # type: ignore[attr-defined]
+
+    @property
+    def completion(self) -> Completion:
+        return self._request.completion()
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _pick_device(wanted: str) -> str:
+    found = devices()
+    ids = [d.id.decode() for d in found]
+    gpus = [d for d in found if d.is_cuda]
+    if wanted == "auto":
+        for gpu in gpus:
+            if gpu.usable:
+                return str(gpu.id.decode())
+        if gpus:
+            print(f"pyruntime: running on the CPU: {gpus[0].name.decode()} cannot be used, {gpus[0].note.decode()}", file=sys.stderr)
+        return "cpu"
+    if wanted == "cpu":
+        return "cpu"
+    if isinstance(wanted, str) and (wanted == "cuda" or wanted.startswith("cuda:")):
+        device = "cuda:0" if wanted == "cuda" else wanted
+        for gpu in gpus:
+            if gpu.id.decode() == device and gpu.usable:
+                return device
+            if gpu.id.decode() == device:
+                raise DeviceError(f"device {wanted!r}: {gpu.name.decode()} cannot be used, {gpu.note.decode()}")
+        from ._lib import build_info
+
+        reason = build_info().get("cuda_reason")
+        why = f"this build has no CUDA ({reason})" if reason else "no NVIDIA driver or no such GPU was found"
+        raise DeviceError(f"device {wanted!r}: {why}; available: {', '.join(ids)}")
+    raise InvalidArgumentError(f"device is {wanted!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+
+
+def _open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    if checkpoint.kind == "gguf":
+        if checkpoint.gguf_tokenizer is None:
+            raise UnsupportedModelError(f"{checkpoint.path}: the file has no tokenizer")
+        return Tokenizer.from_gguf(checkpoint.gguf_tokenizer, source=str(checkpoint.path))
+    files = checkpoint.tokenizer_files
+    if files.tokenizer is None:
+        raise UnsupportedModelError(f"{checkpoint.path}: there is no tokenizer.json; other tokenizer files are not read")
+    return Tokenizer.from_file(files.tokenizer, files.tokenizer_config)
+
+
+def _template_opener(checkpoint: Checkpoint) -> Callable[[], ChatTemplate]:
+    """Reads the chat template on first use: jinja2 is slow to import and most models are used without it."""
+    if checkpoint.kind == "gguf":
+        meta = checkpoint.gguf_tokenizer
+        assert meta is not None
+        return lambda: ChatTemplate.from_gguf(meta, source=str(checkpoint.path))
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    return lambda: ChatTemplate.from_folder(folder)
+
+
+def _progress_line(done: int, total: int) -> None:
+    if sys.stderr.isatty() or done == total:
+        end = "\n" if done == total else ""
+        print(f"\rloading {done}/{total} tensors", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,375 @@
+"""The library's handles as Python objects: weights, sampler, and a session with its sequences and steps."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _abi
+from ._lib import check, lib
+from .errors import AbortedError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from .checkpoint import ArrayTensor
+    from .config import ModelConfig
+    from .safetensors import FileTensor
+    from .sampling import SamplingParams
+
+DTYPES = {"f32": _abi.PRT_F32, "f16": _abi.PRT_F16, "bf16": _abi.PRT_BF16}
+_FILE_DTYPES = {"F32": _abi.PRT_F32, "F16": _abi.PRT_F16, "BF16": _abi.PRT_BF16}
+_ROPE_KINDS = {
+    "default": _abi.PRT_ROPE_DEFAULT,
+    "linear": _abi.PRT_ROPE_LINEAR,
+    "dynamic": _abi.PRT_ROPE_DYNAMIC,
+    "llama3": _abi.PRT_ROPE_LLAMA3,
+    "yarn": _abi.PRT_ROPE_YARN,
+}
+_PIECE_BYTES = 16 << 20  # dequantised rows in memory at once
+
+Int32Array = np.ndarray[Any, np.dtype[np.int32]]
+FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class _Handle:
+    """Owns one counted handle of the library."""
+
+    _release = ""
+
+    def __init__(self) -> None:
+        self.handle = ctypes.c_void_p()
+
+    def close(self) -> None:
+        """Release now. Harmless when called twice; the object can't be used afterwards."""
+        handle, self.handle = self.handle, ctypes.c_void_p()
+        if handle:
+            getattr(lib(), self._release)(handle)
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self.close()
+
+
+def core_config(config: ModelConfig, dtype: str) -> _abi.prt_model_config:
+    """ModelConfig as the library's structure, with weights and KV kept in `dtype`."""
+    rope = config.rope
+    return _abi.prt_model_config(
+        dtype=DTYPES[dtype],
+        n_layer=config.n_layer,
+        h_q=config.h_q,
+        h_kv=config.h_kv,
+        d_head=config.d_head,
+        d_model=config.d_model,
+        d_ff=config.d_ff,
+        n_vocab=config.n_vocab,
+        max_position=config.max_position,
+        norm_eps=config.norm_eps,
+        tied_embeddings=config.tied_embeddings,
+        qkv_bias=config.qkv_bias,
+        o_bias=config.o_bias,
+        mlp_bias=config.mlp_bias,
+        qk_norm=config.qk_norm,
+        sliding_window=config.sliding_window,
+        window_first_layer=config.window_first_layer,
+        rope_kind=_ROPE_KINDS[rope.kind],
+        rope_theta=rope.theta,
+        rope_factor=rope.factor,
+        rope_original_max_position=rope.original_max_position,
+        rope_low_freq_factor=rope.low_freq_factor,
+        rope_high_freq_factor=rope.high_freq_factor,
+        rope_beta_fast=rope.beta_fast,
+        rope_beta_slow=rope.beta_slow,
+        rope_attention_factor=rope.attention_factor,
+        rope_truncate=rope.truncate,
+    )
+
+
+class Weights(_Handle):
+    """The tensors of a model on a device; read-only once loaded, shared by any number of sessions."""
+
+    _release = "prt_model_release"
+
+    def __init__(self, config: ModelConfig, *, dtype: str, device: str) -> None:
+        super().__init__()
+        self.n_vocab = config.n_vocab
+        check(lib().prt_model_create(ctypes.byref(core_config(config, dtype)), device.encode(), ctypes.byref(self.handle)))
+
+    def load(
+        self,
+        tensors: Mapping[str, FileTensor | ArrayTensor],
+        *,
+        threads: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Loads every tensor and finalizes. Files are read by `threads` at once, straight into place."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        done = 0
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(lambda item: self._load(*item), tensors.items()):
+                done += 1
+                if progress:
+                    progress(done, len(tensors))
+        check(lib().prt_model_finalize(self.handle))
+
+    def _load(self, name: str, tensor: FileTensor | ArrayTensor) -> None:
+        shape = (ctypes.c_int64 * len(tensor.shape))(*tensor.shape)
+        if hasattr(tensor, "offset"):
+            check(
+                lib().prt_model_load_file(
+                    self.handle, name.encode(), str(tensor.path).encode(), tensor.offset, _FILE_DTYPES[tensor.dtype], shape, len(shape)
+                )
+            )
+            return
+        n_row, row_bytes = tensor.shape[0], 4 * int(np.prod(tensor.shape[1:], dtype=np.int64))
+        step = max(1, _PIECE_BYTES // row_bytes)
+        for begin in range(0, n_row, step):
+            rows = np.ascontiguousarray(tensor.read(begin, min(n_row, begin + step)), dtype=np.float32)
+            check(lib().prt_model_load_rows(self.handle, name.encode(), begin, len(rows), rows.ctypes.data, _abi.PRT_F32))
+
+    @property
+    def nbytes(self) -> int:
+        value = ctypes.c_int64()
+        check(lib().prt_model_weight_bytes(self.handle, ctypes.byref(value)))
+        return value.value
+
+
+class Sampler(_Handle):
+    """Sampling state of one sequence: its parameters, the tokens seen (penalties) and the number of draws (seed)."""
+
+    _release = "prt_sampler_release"
+
+    def __init__(self, params: SamplingParams, n_vocab: int, *, seed: int) -> None:
+        super().__init__()
+        ids, values = list(params.logit_bias), list(params.logit_bias.values())
+        settings = _abi.prt_sampling(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            n_bias=len(ids),
+            bias_ids=(ctypes.c_int32 * len(ids))(*ids),
+            bias_values=(ctypes.c_float * len(ids))(*values),
+            seed=seed,
+        )
+        check(lib().prt_sampler_create(n_vocab, ctypes.byref(settings), ctypes.byref(self.handle)))
+
+    def accept(self, tokens: Sequence[int], *, is_prompt: bool) -> None:
+        check(lib().prt_sampler_accept(self.handle, (ctypes.c_int32 * len(tokens))(*tokens), len(tokens), is_prompt))
+
+    def set_bias(self, bias: Mapping[int, float]) -> None:
+        n = len(bias)
+        check(lib().prt_sampler_set_bias(self.handle, (ctypes.c_int32 * n)(*bias), (ctypes.c_float * n)(*bias.values()), n))
+
+    def sample(self, logits: FloatArray) -> int:
+        """Draws from logits [n_vocab] and accepts the token."""
+        row = np.ascontiguousarray(logits, dtype=np.float32)
+        token = ctypes.c_int32()
+        pointer = row.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        check(lib().prt_sampler_sample(self.handle, pointer, row.size, ctypes.byref(token), None))
+        return token.value
+
+
+@dataclass(slots=True)
+class Entry:
+    """What one sequence contributes to a step. sampler: draw a token after the last one."""
+
+    seq: int
+    tokens: Sequence[int] | Int32Array
+    sampler: Sampler | None = None
+
+
+@dataclass(slots=True)
+class StepResult:
+    """sampled [n_seq] (-1 without a sampler) with its log-probabilities; top_* [n_seq, n_top]; logits [rows asked for, n_vocab];
+    target_logprobs [n_tok]."""
+
+    sampled: list[int] = field(default_factory=list)
+    logprobs: FloatArray | None = None
+    top_ids: Int32Array | None = None
+    top_logprobs: FloatArray | None = None
+    logits: FloatArray | None = None
+    target_logprobs: FloatArray | None = None
+
+
+class Session(_Handle):
+    """KV pages, sequences and steps over one set of weights. One call at a time; a second thread waits."""
+
+    _release = "prt_session_release"
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        max_context: int = 0,
+        n_page: int = 0,
+        max_batch_tokens: int = 0,
+        threads: int = 0,
+        cpu_isa: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_vocab = weights.n_vocab
+        self.on_progress: Callable[[int, int], None] | None = None
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._callbacks = (_abi.prt_abort_fn(self._poll), _abi.prt_progress_fn(self._progress))  # kept alive with the session
+        config = _abi.prt_session_config(
+            max_context=max_context,
+            n_page=n_page,
+            max_batch_tokens=max_batch_tokens,
+            n_threads=threads,
+            abort=self._callbacks[0],
+            progress=self._callbacks[1],
+            cpu_isa=cpu_isa.encode() if cpu_isa else None,
+        )
+        check(lib().prt_session_create(weights.handle, ctypes.byref(config), ctypes.byref(self.handle)))
+
+    # -- sequences
+
+    def create_sequence(self) -> int:
+        return self._new_id(lib().prt_sequence_create)
+
+    def fork(self, seq: int) -> int:
+        """A new sequence that shares the pages of `seq` until one of them writes."""
+        return self._new_id(lib().prt_sequence_fork, seq)
+
+    def truncate(self, seq: int, n_token: int) -> None:
+        """Forgets all tokens of `seq` after the first `n_token`."""
+        check(lib().prt_sequence_truncate(self.handle, seq, n_token))
+
+    def length(self, seq: int) -> int:
+        return self._new_id(lib().prt_sequence_length, seq)
+
+    def free_sequence(self, seq: int) -> None:
+        check(lib().prt_sequence_free(self.handle, seq))
+
+    def _new_id(self, function: Any, *arguments: int) -> int:
+        value = ctypes.c_int64()
+        check(function(self.handle, *arguments, ctypes.byref(value)))
+        return value.value
+
+    # -- steps
+
+    def step(
+        self,
+        entries: Sequence[Entry],
+        *,
+        logits: str = "none",
+        targets: Int32Array | None = None,
+        logprobs: bool = False,
+        n_top: int = 0,
+    ) -> StepResult:
+        """One forward pass. logits: "none", "last" (one row per entry) or "all". targets [n_tok]: score these tokens, -1 for none.
+        On an error no sequence has changed. Ctrl-C and abort() stop it; Ctrl-C then raises KeyboardInterrupt."""
+        n_seq = len(entries)
+        counts = np.array([len(e.tokens) for e in entries], dtype=np.int32)
+        tokens = _int32([t for e in entries for t in e.tokens] if n_seq != 1 else entries[0].tokens, "tokens")
+        result = StepResult()
+        batch = _abi.prt_batch(
+            n_seq=n_seq, seq=(ctypes.c_int64 * n_seq)(*[e.seq for e in entries]), n_token=_pointer(counts), tokens=_pointer(tokens)
+        )
+        if logits != "none":
+            mask = np.zeros(len(tokens), dtype=np.uint8)
+            mask[np.cumsum(counts) - 1 if logits == "last" else slice(None)] = 1
+            result.logits = np.empty((int(mask.sum()), self.n_vocab), dtype=np.float32)
+            batch.logits_mask, batch.logits = _pointer(mask), _pointer(result.logits)
+        if targets is not None:
+            targets = _int32(targets, "targets")
+            if len(targets) != len(tokens):
+                raise InvalidArgumentError(f"targets has {len(targets)} entries, expected {len(tokens)}, one per token")
+            result.target_logprobs = np.zeros(len(tokens), dtype=np.float32)
+            batch.targets, batch.target_logprobs = _pointer(targets), _pointer(result.target_logprobs)
+        if any(e.sampler for e in entries):
+            sampled = np.empty(n_seq, dtype=np.int32)
+            batch.samplers = (ctypes.c_void_p * n_seq)(*[e.sampler.handle.value if e.sampler else None for e in entries])
+            batch.sampled = _pointer(sampled)
+            if logprobs:
+                result.logprobs = np.zeros(n_seq, dtype=np.float32)
+                batch.sampled_logprobs = _pointer(result.logprobs)
+            if n_top:
+                result.top_ids = np.empty((n_seq, n_top), dtype=np.int32)
+                result.top_logprobs = np.empty((n_seq, n_top), dtype=np.float32)
+                batch.n_top, batch.top_ids, batch.top_logprobs = n_top, _pointer(result.top_ids), _pointer(result.top_logprobs)
+        with self._interruptible():
+            status = lib().prt_session_step(self.handle, ctypes.byref(batch))
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        check(status)
+        if any(e.sampler for e in entries):
+            result.sampled = sampled.tolist()
+        return result
+
+    def abort(self) -> None:
+        """Stops the step that is running, from another thread; that step raises AbortedError."""
+        self._stop.set()
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters and sizes, see prt_session_stats in pyruntime.h."""
+        stats = _abi.prt_session_stats()
+        check(lib().prt_session_get_stats(self.handle, ctypes.byref(stats)))
+        return {name: getattr(stats, name) for name, *_ in stats._fields_ if name != "struct_size"}
+
+    def _poll(self, _user: Any) -> int:
+        return int(self._stop.is_set() or self._error is not None)
+
+    def _progress(self, _user: Any, done: int, total: int) -> None:
+        if self.on_progress:
+            try:
+                self.on_progress(done, total)
+            except BaseException as error:  # it can't cross the C frames below: raised again when the step returns
+                self._error = error
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """While C code runs, Ctrl-C only sets a flag that the abort callback sees: an exception could not cross it."""
+        main = threading.current_thread() is threading.main_thread()
+        if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            try:
+                yield
+            finally:
+                self._stop.clear()
+            return
+
+        def interrupted(_signum: int, _frame: Any) -> None:
+            self._error = KeyboardInterrupt()
+
+        signal.signal(signal.SIGINT, interrupted)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._stop.clear()
+
+
+def _int32(values: Any, what: str) -> Int32Array:
+    try:
+        wide = np.asarray(values, dtype=np.int64).reshape(-1)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidArgumentError(f"{what} must be integers, got {type(values).__name__}") from None
+    if wide.size and (wide.min() < -1 or wide.max() > 2**31 - 1):
+        raise InvalidArgumentError(f"{what} holds {wide[(wide < -1) | (wide > 2**31 - 1)][0]}, which is not a token id")
+    return np.ascontiguousarray(wide, dtype=np.int32)
+
+
+_POINTERS: dict[Any, Any] = {
+    np.dtype(np.int32): ctypes.POINTER(ctypes.c_int32),
+    np.dtype(np.float32): ctypes.POINTER(ctypes.c_float),
+    np.dtype(np.uint8): ctypes.POINTER(ctypes.c_uint8),
+}
+
+
+def _pointer(array: np.ndarray[Any, Any]) -> Any:
+    return array.ctypes.data_as(_POINTERS[array.dtype])
+
+
+__all__ = ["AbortedError", "Entry", "Sampler", "Session", "StepResult", "Weights"]
