@@ -109,7 +109,8 @@ class ArrayTensor:
         d = self._head_rows
         first, last = row_begin // d * d, -(-row_end // d) * d
         rows = self._dequantise(first, last)
-        halves = rows.reshape((last - first) // d, d // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+        pairs = rows.reshape((last - first) // d, d // 2, 2, *self.shape[1:])
+        halves: npt.NDArray[np.float32] = pairs.swapaxes(1, 2).reshape(rows.shape)
         return halves[row_begin - first : row_end - first]
 
     def _dequantise(self, row_begin: int, row_end: int) -> npt.NDArray[np.float32]:

@@ -191,6 +191,7 @@ def test_every_type_is_dequantised_in_any_row_chunks(kind: Any, tmp_path: Path) 
     rng = random.Random(5)
     for name in ("layers.0.q.weight", "layers.0.k.weight", "layers.0.down.weight"):
         tensor, whole = checkpoint.tensors[name], tensors[NAMES[name]]
+        assert tensor.read(D_HEAD, D_HEAD).shape == (0, *tensor.shape[1:])
         for _ in range(12):
             begin = rng.randrange(tensor.shape[0] + 1)
             end = rng.randrange(begin, tensor.shape[0] + 1)

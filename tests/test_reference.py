@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.goldens.cases import CASES
-from tests.goldens.weights import StorageDtype, make_weights, round_to_bf16, storage_bytes
-from tests.reference import forward
+from goldens.cases import CASES
+from goldens.weights import StorageDtype, make_weights, round_to_bf16, storage_bytes
+from reference import forward
 
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 

@@ -60,7 +60,8 @@ def gguf_name(name: str) -> str:
 
 def interleave_rope_rows(x: npt.NDArray[np.uint16], n_head: int) -> npt.NDArray[np.uint16]:
     """Row order (i, i + d_head/2) of Hugging Face to the (2i, 2i + 1) that llama.cpp rotates for Llama."""
-    return x.reshape(n_head, 2, x.shape[0] // n_head // 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+    halves = x.reshape(n_head, 2, x.shape[0] // n_head // 2, x.shape[1])
+    return np.swapaxes(halves, 1, 2).reshape(x.shape)
 
 
 def write_gguf(folder: Path, out: Path) -> None:

@@ -100,7 +100,10 @@ def run_json(command: Sequence[str]) -> tuple[Any, float]:
     if result.returncode:
         raise SystemExit(f"{shlex.join(command)} exited with {result.returncode}:\n{result.stderr[-2000:]}")
     others = (all_after - all_before - (ours_after - ours_before)) / (seconds * (os.cpu_count() or 1))
-    return json.loads(result.stdout), round(max(others, 0.0), 3)
+    try:
+        return json.loads(result.stdout), round(max(others, 0.0), 3)
+    except json.JSONDecodeError:
+        raise SystemExit(f"{shlex.join(command)} printed no JSON: {result.stdout[:200]!r}") from None
 
 
 def llama_bench_samples(rows: list[dict[str, Any]]) -> Samples:

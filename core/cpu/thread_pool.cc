@@ -91,7 +91,10 @@ void ThreadPool::run(int64_t n, Body body, void* context) {
     wake_.notify_all();
   }
   drain(0);
-  while (busy_.load(std::memory_order_acquire) != 0) pause();
+  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
+    pause();
+    if (spins % 1024 == 1023) std::this_thread::yield();  // the machine is overloaded: let the worker have this core
+  }
 }
 
 void ThreadPool::work(int32_t thread) {
@@ -100,7 +103,8 @@ void ThreadPool::work(int32_t thread) {
     auto start = std::chrono::steady_clock::now();
     for (int spins = 0; epoch_.load(std::memory_order_acquire) == seen;) {
       pause();
-      if (++spins % 64 == 0 && std::chrono::steady_clock::now() - start > kSpin) {
+      if (++spins % 1024 == 0) std::this_thread::yield();
+      if (spins % 64 == 0 && std::chrono::steady_clock::now() - start > kSpin) {
         std::unique_lock<std::mutex> lock(mutex_);
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
         wake_.wait(lock, [&] { return epoch_.load(std::memory_order_seq_cst) != seen; });

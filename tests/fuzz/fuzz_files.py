@@ -1,6 +1,6 @@
 """Mutation fuzz of everything that reads a model file: safetensors, the sharded index, config.json, GGUF.
 
-    python -m tests.fuzz.fuzz_files --seconds 20 --seed 0
+    python tests/fuzz/fuzz_files.py --seconds 20 --seed 0
 
 Every outcome must be success or a PyruntimeError. Anything else ends the run with a traceback, the target, the seed and
 the path of the file that caused it (kept). Which inputs are tried depends on the seed alone; how many, on the time.

@@ -1,8 +1,8 @@
 """Writes tests/goldens/<case>/: what transformers computes for every case of cases.py (float32, eager attention).
 
     pip install torch==2.13.0 transformers==5.23.0
-    python -m tests.goldens.make_goldens            # write all (or: ... CASE CASE)
-    python -m tests.goldens.make_goldens --check    # compare with what is committed instead
+    python tests/goldens/make_goldens.py            # write all (or: ... CASE CASE)
+    python tests/goldens/make_goldens.py --check    # compare with what is committed instead
 
 Per case: config.json (transformers 4 dialect, from cases.py), config_v5.json (the same model as transformers 5 saves
 it; both must give the same logits) and logits.npz: input_ids int32 [n_tok], logits float32 [n_tok, n_vocab] of every
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -23,8 +24,9 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from tests.goldens.cases import CASES
-from tests.goldens.weights import make_weights, write_hf_folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from goldens.cases import CASES
+from goldens.weights import make_weights, write_hf_folder
 
 HERE = Path(__file__).resolve().parent
 

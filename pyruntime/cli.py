@@ -1,0 +1,318 @@
+"""The `pyruntime` command. Everything heavy is imported by the subcommand that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import InvalidArgumentError, PyruntimeError
+
+_EXAMPLES = """\
+examples:
+  pyruntime run smollm2-135m --chat "What is the capital of France?"
+  pyruntime run ./my-model "Once upon a time" --max-tokens 64 --temperature 0
+  pyruntime perplexity smollm2-135m --file book.txt --tokens 2048
+  pyruntime info
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 stopped by Ctrl-C."""
+    parser = _parser()
+    # argparse gives up on an optional positional that comes after options ("run MODEL --chat PROMPT"): it lands in `rest`.
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not rest[0].startswith("-") and getattr(arguments, "prompt", "") is None:
+        arguments.prompt = rest.pop(0)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return int(arguments.command(arguments))
+    except InvalidArgumentError as error:
+        print(f"pyruntime: error: {error}", file=sys.stderr)
+        return 2
+    except PyruntimeError as error:
+        print(f"pyruntime: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\npyruntime: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away: not worth a traceback
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="pyruntime",
+        description="A lightweight long-context LLM runtime.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pyruntime {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="generate text from a prompt")
+    _model_arguments(run)
+    run.add_argument("prompt", nargs="?", help="the prompt; - or nothing: read it from stdin")
+    run.add_argument("--file", type=Path, metavar="F", help="put this text file before the prompt")
+    run.add_argument("--chat", action="store_true", help="answer the prompt as a chat message, through the model's chat template")
+    run.add_argument("--system", metavar="TEXT", help="system message (with --chat)")
+    run.add_argument("--json", action="store_true", help="print the completion as one JSON object instead of streaming text")
+    sampling = run.add_argument_group("sampling (defaults: the model's own)")
+    sampling.add_argument("--max-tokens", type=int, metavar="N", help="most new tokens (default: until the end token)")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    sampling.add_argument("--top-k", type=int, metavar="K")
+    sampling.add_argument("--top-p", type=float, metavar="P")
+    sampling.add_argument("--min-p", type=float, metavar="P")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R")
+    sampling.add_argument("--presence-penalty", type=float, metavar="R")
+    sampling.add_argument("--frequency-penalty", type=float, metavar="R")
+    sampling.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (may be repeated)")
+    sampling.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end token")
+    run.set_defaults(command=_run)
+
+    pull = commands.add_parser("pull", help="download a model")
+    pull.add_argument("model", help="catalogue name or hub repository")
+    pull.set_defaults(command=_pull)
+
+    listing = commands.add_parser("list", help="list the models known by name")
+    listing.add_argument("--json", action="store_true")
+    listing.set_defaults(command=_list)
+
+    info = commands.add_parser("info", help="show build, devices, environment and, if named, a model's facts")
+    info.add_argument("model", nargs="?", help="also describe this model (nothing is downloaded)")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(command=_info)
+
+    perplexity = commands.add_parser("perplexity", help="perplexity of a text file")
+    _model_arguments(perplexity)
+    perplexity.add_argument("--file", type=Path, required=True, metavar="F")
+    perplexity.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens (default: all)")
+    perplexity.add_argument("--json", action="store_true")
+    perplexity.set_defaults(command=_perplexity)
+
+    bench = commands.add_parser("bench", help="measure prefill and decode speed")
+    _model_arguments(bench)
+    bench.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="prompt tokens (default 512; 0: skip)")
+    bench.add_argument("-n", "--n-gen", type=int, default=128, metavar="N", help="generated tokens (default 128; 0: skip)")
+    bench.add_argument("-d", "--n-depth", type=int, default=0, metavar="N", help="tokens already in the cache (default 0)")
+    bench.add_argument("-b", "--batch", type=int, default=1, metavar="N", help="sequences decoded together (default 1)")
+    bench.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="(default 5)")
+    bench.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md")
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="catalogue name, hub repository (org/name), folder, or .gguf file")
+    group = parser.add_argument_group("model")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    group.add_argument("--dtype", default="auto", help="auto, bf16, f16 or f32: weights and KV cache (default auto)")
+    group.add_argument("--max-context", type=int, metavar="N", help="most tokens of a sequence (default: the model's own, or what fits)")
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default: one per core)")
+    group.add_argument("--offline", action="store_true", help="use only what is on disk")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress, no timings on stderr")
+
+
+def _open(arguments: argparse.Namespace) -> Any:
+    from .model import Model
+
+    model = Model(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        max_context=arguments.max_context,
+        threads=arguments.threads,
+        offline=arguments.offline,
+        progress=not arguments.quiet,
+    )
+    if not arguments.quiet:
+        stats = model.stats()
+        threads = f", {stats['n_threads']} threads" if model.device == "cpu" else ""
+        print(f"{model.name} on {model.device}{threads}, {model.dtype}, max_context {model.max_context}", file=sys.stderr)
+    return model
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise InvalidArgumentError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    prompt = arguments.prompt
+    if prompt in (None, "-"):
+        if sys.stdin.isatty():
+            raise InvalidArgumentError("no prompt: give it as an argument or on stdin")
+        prompt = sys.stdin.read()
+    if arguments.file:
+        prompt = _read_text(arguments.file) + ("\n\n" + prompt if prompt else "")
+    if arguments.system is not None and not arguments.chat:
+        raise InvalidArgumentError("--system needs --chat")
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    options = {name: getattr(arguments, name) for name in (*names, "seed", "stop", "ignore_eos")}
+    with _open(arguments) as model:
+        messages = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
+        messages.append({"role": "user", "content": prompt})
+        start = (lambda **o: model.chat(messages, **o)) if arguments.chat else (lambda **o: model.generate(prompt, **o))
+        if arguments.json:
+            completion = start(**options)
+            print(json.dumps(asdict(completion), ensure_ascii=False))
+            return 0
+        stream = start(stream=True, **options)
+        code = 0
+        try:
+            for piece in stream:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            code = 130
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        if not arguments.quiet:
+            done = stream.completion
+            t, usage = done.timings, done.usage
+            print(
+                f"[{usage.prompt_tokens} prompt tokens at {t.prefill_tok_s:.1f} tok/s, first token after {t.time_to_first_token:.2f} s; "
+                f"{usage.completion_tokens} new tokens at {t.decode_tok_s:.1f} tok/s; "
+                f"{'stopped by Ctrl-C' if code else done.finish_reason}]",
+                file=sys.stderr,
+            )
+    return code
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    from . import catalog, download
+
+    print(download.fetch(catalog.resolve(arguments.model)))
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from . import catalog
+
+    entries = catalog.entries()
+    if arguments.json:
+        print(json.dumps([asdict(e) for e in entries]))
+        return 0
+    width = max(len(e.name) for e in entries)
+    for e in entries:
+        gated = " (gated: needs an account and a token)" if e.gated else ""
+        print(f"{e.name:{width}}  {e.size_gb:6.1f} GB  {e.context:>7} tokens  {e.license:12}  {e.about}{gated}")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import json
+
+    from . import env
+    from ._lib import build_info, devices, library_path
+
+    report: dict[str, Any] = {
+        "build": {**build_info(), "library": str(library_path())},
+        "devices": [
+            {
+                "id": d.id.decode(),
+                "name": d.name.decode(),
+                "features": d.features.decode(),
+                "memory_total": d.memory_total,
+                "memory_free": d.memory_free,
+                "usable": bool(d.usable),
+                "note": d.note.decode(),
+            }
+            for d in devices()
+        ],
+        "environment": {name: value for name, value, _ in env.describe()},
+    }
+    if arguments.model:
+        report["model"] = _model_facts(arguments.model)
+    if arguments.json:
+        print(json.dumps(report, default=str))
+        return 0
+    print("build")
+    for key, value in report["build"].items():
+        print(f"  {key:20} {value}")
+    print("devices")
+    for d in report["devices"]:
+        note = "" if d["usable"] else f"  NOT USABLE: {d['note']}"
+        print(f"  {d['id']:20} {d['name']} ({d['features']}), {d['memory_free'] >> 20} of {d['memory_total'] >> 20} MiB free{note}")
+    print("environment")
+    for name, value, meaning in env.describe():
+        print(f"  {name:20} {value or '-':12} {meaning}")
+    if arguments.model:
+        print("model")
+        for key, value in report["model"].items():
+            print(f"  {key:20} {value}")
+    return 0
+
+
+def _model_facts(name: str) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from . import catalog, download
+    from .checkpoint import open_checkpoint
+
+    with open_checkpoint(download.fetch(catalog.resolve(name), progress=False, offline=True)) as checkpoint:
+        parameters = 0
+        for shape in checkpoint.config.tensor_shapes().values():
+            size = 1
+            for n in shape:
+                size *= n
+            parameters += size
+        facts = {"path": checkpoint.path, "kind": checkpoint.kind, "parameters": parameters, "context": checkpoint.config.context_length}
+        return {**facts, **asdict(checkpoint.config), "eos_ids": checkpoint.eos_ids, "generation": checkpoint.generation_config}
+
+
+def _perplexity(arguments: argparse.Namespace) -> int:
+    import json
+    import time
+
+    text = _read_text(arguments.file)
+    with _open(arguments) as model:
+        ids = model.tokenize(text, add_special_tokens=False)
+        started = time.perf_counter()
+        value = model.perplexity(ids, max_tokens=arguments.tokens)
+        seconds = time.perf_counter() - started
+        n = arguments.tokens or len(ids)
+        if arguments.json:
+            print(json.dumps({"perplexity": value, "tokens": n, "seconds": seconds, "file": str(arguments.file), "model": model.name}))
+        else:
+            print(f"{value:.4f}")
+            if not arguments.quiet:
+                print(f"[{n} of {len(ids)} tokens, {n / seconds:.1f} tok/s]", file=sys.stderr)
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import bench, render
+
+    with _open(arguments) as model:
+        rows = bench(
+            model,
+            n_prompt=arguments.n_prompt,
+            n_gen=arguments.n_gen,
+            depth=arguments.n_depth,
+            batch=arguments.batch,
+            repetitions=arguments.repetitions,
+        )
+    print(render(rows, arguments.output))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
