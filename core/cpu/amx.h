@@ -40,30 +40,6 @@ PRT_INLINE void amx_pack(const float* x, int64_t ld, int64_t n, int64_t columns,
   }
 }
 
-// 64 outputs x one block of x. sums: [64][columns].
-PRT_INLINE void amx_tall(const uint16_t* w, int64_t ld_w, const uint16_t* x, int64_t columns, int64_t n_in, float* sums) {
-  const int64_t w_stride = ld_w * 2, x_stride = columns * 4;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t k = 0; k < n_in; k += 32) {
-    _tile_loadd(6, x + k * columns, x_stride);
-    _tile_loadd(4, w + k, w_stride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, w + 16 * ld_w + k, w_stride);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_loadd(4, w + 32 * ld_w + k, w_stride);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_loadd(5, w + 48 * ld_w + k, w_stride);
-    _tile_dpbf16ps(3, 5, 6);
-  }
-  _tile_stored(0, sums, x_stride);
-  _tile_stored(1, sums + 16 * columns, x_stride);
-  _tile_stored(2, sums + 32 * columns, x_stride);
-  _tile_stored(3, sums + 48 * columns, x_stride);
-}
-
 // 16 outputs x one block of x. sums: [16][columns].
 PRT_INLINE void amx_single(const uint16_t* w, int64_t ld_w, const uint16_t* x, int64_t columns, int64_t n_in, float* sums) {
   _tile_zero(0);

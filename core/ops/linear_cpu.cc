@@ -20,36 +20,39 @@ PRT_INLINE void finish(const Linear& a, int64_t row, int64_t out, float value) {
   *p = a.accumulate ? *p + value : value;
 }
 
+// Outputs out, out + gap, out + 2 gap, ...
 template <class D, int kRows, int kOuts>
-void tile(const Linear& a, const typename D::X* x, int64_t ld_x, int64_t row, int64_t out) {
+void tile(const Linear& a, const typename D::X* x, int64_t ld_x, int64_t row, int64_t out, int64_t gap) {
   float sums[kRows * kOuts];
-  const int64_t n_in = a.weight.shape[1];
-  dot_tile<D, kRows, kOuts>(x + row * ld_x, ld_x, a.weight.row<typename D::Weight>(out), a.weight.row_stride, n_in, sums);
+  const int64_t n_in = a.weight.shape[1], ld_w = gap * a.weight.row_stride;
+  dot_tile<D, kRows, kOuts>(x + row * ld_x, ld_x, a.weight.row<typename D::Weight>(out), ld_w, n_in, sums);
   for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kOuts; ++j) finish(a, row + i, out + j, sums[i * kOuts + j]);
+    for (int j = 0; j < kOuts; ++j) finish(a, row + i, out + j * gap, sums[i * kOuts + j]);
 }
 
-// Outputs [begin, end) of all rows.
+// Outputs [begin, end) of all rows. The weight rows of a tile lie far apart, each the head of a stream that the tile after it goes
+// on with: a core prefetches several such streams at once, but neighbouring rows share a 4 KB page and count as one. Reading
+// 270 MB on two cores: 24 GB/s with 8 streams each, 13 GB/s with 8 neighbouring rows (docs/kernels/decode_linear_cpu.md).
 template <class D>
 void dot_range(const Linear& a, const typename D::X* x, int64_t ld_x, int64_t begin, int64_t end) {
   const int64_t n_row = a.x.shape[0];
   const int64_t step = max64(kTileRows, kCacheBytes / (ld_x * static_cast<int64_t>(sizeof(*x))) / kTileRows * kTileRows);
   for (int64_t r0 = 0; r0 < n_row; r0 += step) {
     const int64_t r1 = min64(n_row, r0 + step);
-    int64_t o = begin;
-    for (; o + kTileOuts <= end; o += kTileOuts) {
+    const int64_t gap = (end - begin) / kTileOuts;
+    for (int64_t o = begin; o < begin + gap; ++o) {
       int64_t r = r0;
-      for (; r + kTileRows <= r1; r += kTileRows) tile<D, kTileRows, kTileOuts>(a, x, ld_x, r, o);
-      for (; r < r1; ++r) tile<D, 1, kTileOuts>(a, x, ld_x, r, o);
+      for (; r + kTileRows <= r1; r += kTileRows) tile<D, kTileRows, kTileOuts>(a, x, ld_x, r, o, gap);
+      for (; r < r1; ++r) tile<D, 1, kTileOuts>(a, x, ld_x, r, o, gap);
     }
-    for (; o < end; ++o)
-      for (int64_t r = r0; r < r1; ++r) tile<D, 1, 1>(a, x, ld_x, r, o);
+    for (int64_t o = begin + gap * kTileOuts; o < end; ++o)
+      for (int64_t r = r0; r < r1; ++r) tile<D, 1, 1>(a, x, ld_x, r, o, 1);
   }
 }
 
-// Outputs per work item: enough items to share out evenly, few enough that handing them out is free.
+// Outputs per work item: enough items to share out evenly, few enough that handing them out is free and the streams are long.
 int64_t outs_per_item(int64_t n_out, int32_t n_threads, int64_t multiple) {
-  return min64(256, round_up(max64(1, n_out / (8 * n_threads)), multiple));
+  return min64(512, round_up(max64(1, n_out / (4 * n_threads)), multiple));
 }
 
 template <class D>
@@ -83,46 +86,40 @@ PRT_INLINE void finish_square(const Linear& a, int64_t row, int64_t n, int64_t o
   }
 }
 
-void amx_range(const Linear& a, const uint16_t* x, int64_t columns, int64_t begin, int64_t end) {
+// Outputs [begin, end) of up to 16 rows. The 16 weight rows of a tile lie far apart for the reason given at dot_range; one tile at a
+// time, because a second one would double the streams past what the prefetcher follows.
+void amx_few_rows(const Linear& a, const uint16_t* x, int64_t columns, int64_t begin, int64_t end) {
+  alignas(64) float sums[256];
+  const int64_t n_row = a.x.shape[0], n_in = a.x.shape[1], gap = (end - begin) / 16;
+  for (int64_t o = begin; o < begin + gap; ++o) {
+    amx_single(a.weight.row<uint16_t>(o), gap * a.weight.row_stride, x, columns, n_in, sums);
+    for (int64_t j = 0; j < 16; ++j)
+      for (int64_t r = 0; r < n_row; ++r) finish(a, r, o + j * gap, sums[j * columns + r]);
+  }
+}
+
+// Outputs [begin, end) of more than 16 rows, in groups of rows whose packed form stays in the second-level cache while the outputs pass.
+void amx_many_rows(const Linear& a, const uint16_t* x, int64_t begin, int64_t end) {
   alignas(64) float sums[1024];
   const int64_t n_row = a.x.shape[0], n_in = a.x.shape[1], ld_w = a.weight.row_stride, block = n_in * 16;
-  const auto emit = [&](int64_t row, int64_t out, const float* s) {
-    const int64_t n = min64(16, n_row - row);
-    if (columns == 16) return finish_square(a, row, n, out, s);
-    for (int64_t j = 0; j < 16; ++j) finish(a, row, out + j, s[j]);
-  };
-  amx_begin(columns);
-  // Rows in groups whose packed form stays in the second-level cache while the item's outputs pass by.
   const int64_t step = max64(32, kCacheBytes / (n_in * 2) / 32 * 32);
   for (int64_t r0 = 0; r0 < n_row; r0 += step) {
     const int64_t r1 = min64(n_row, r0 + step);
-    int64_t o = begin;
-    if (r1 - r0 <= 16) {
-      for (; o + 64 <= end; o += 64) {
-        amx_tall(a.weight.row<uint16_t>(o), ld_w, x + r0 / 16 * block, columns, n_in, sums);
-        for (int64_t j = 0; j < 4; ++j) emit(r0, o + 16 * j, sums + 16 * columns * j);
+    for (int64_t o = begin; o < end; o += 32) {
+      const uint16_t* w = a.weight.row<uint16_t>(o);
+      const int64_t groups = o + 32 <= end ? 2 : 1;  // of 16 outputs
+      int64_t r = r0;
+      for (; groups == 2 && r + 16 < r1; r += 32) {
+        amx_square(w, ld_w, x + r / 16 * block, n_in, sums);
+        for (int64_t j = 0; j < 4; ++j) finish_square(a, r + 16 * (j % 2), min64(16, n_row - r - 16 * (j % 2)), o + 16 * (j / 2), sums + 256 * j);
       }
-    } else {
-      for (; o + 32 <= end; o += 32) {
-        const uint16_t* w = a.weight.row<uint16_t>(o);
-        int64_t r = r0;
-        for (; r + 16 < r1; r += 32) {
-          amx_square(w, ld_w, x + r / 16 * block, n_in, sums);
-          for (int64_t j = 0; j < 4; ++j) emit(r + 16 * (j % 2), o + 16 * (j / 2), sums + 256 * j);
+      for (; r < r1; r += 16)
+        for (int64_t j = 0; j < groups; ++j) {
+          amx_single(w + 16 * j * ld_w, ld_w, x + r / 16 * block, 16, n_in, sums);
+          finish_square(a, r, min64(16, n_row - r), o + 16 * j, sums);
         }
-        for (int64_t j = 0; r < r1 && j < 2; ++j) {
-          amx_single(w + 16 * j * ld_w, ld_w, x + r / 16 * block, columns, n_in, sums);
-          emit(r, o + 16 * j, sums);
-        }
-      }
     }
-    for (; o < end; o += 16)
-      for (int64_t r = r0; r < r1; r += 16) {
-        amx_single(a.weight.row<uint16_t>(o), ld_w, x + r / 16 * block, columns, n_in, sums);
-        emit(r, o, sums);
-      }
   }
-  amx_end();
 }
 
 void amx_linear(ThreadPool& pool, const Linear& a) {
@@ -132,9 +129,12 @@ void amx_linear(ThreadPool& pool, const Linear& a) {
   pool.parallel_for(n_block, [&](int64_t b, int32_t) {
     amx_pack(a.x.row<float>(b * 16), a.x.row_stride, min64(16, n_row - b * 16), columns, n_in, x + b * 16 * n_in);
   });
-  const int64_t per_item = outs_per_item(n_out, pool.size(), 64);
+  const int64_t per_item = outs_per_item(n_out, pool.size(), 32);
   pool.parallel_for((n_out + per_item - 1) / per_item, [&](int64_t item, int32_t) {
-    amx_range(a, x, columns, item * per_item, min64(n_out, (item + 1) * per_item));
+    const int64_t begin = item * per_item, end = min64(n_out, begin + per_item);
+    amx_begin(columns);
+    n_row <= 16 ? amx_few_rows(a, x, columns, begin, end) : amx_many_rows(a, x, begin, end);
+    amx_end();
   });
 }
 #endif
