@@ -1,32 +1,79 @@
-# The two commands of the README. Each makes what it needs on a fresh machine (Python >= 3.10 and a C++ compiler) and says what it does.
+# `make demo` and `make test` are all the set-up there is: on a fresh machine each needs Python >= 3.10, a C++ compiler and a package
+# index, makes the rest itself and says what it does. Run again, they redo only what a changed source asks for.
+#   PYTHON=python3.12   the interpreter to use        VENV=.venv   where its environment goes
+#   PYTEST_ARGS="-k paged"   passed to pytest         CMAKE_ARGS="-DPYRUNTIME_CUDA=OFF"   passed to CMake
 PYTHON ?= python3
 VENV ?= .venv
+PYTEST_ARGS ?=
 BIN := $(VENV)/bin
-SOURCES := $(shell find core models pyruntime -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := CMakeLists.txt pyproject.toml $(shell find core models pyruntime -type f \
+  \( -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.map' -o -name '*.py' -o -name '*.toml' \))
+PYTHON_FOLDERS := core models pyruntime tests bench $(wildcard examples)
+C_SOURCES = $(shell find core $(wildcard examples) -type f \
+  \( -name '*.c' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \) -not -name pyruntime.h)
 
-.PHONY: demo test clean
+.PHONY: help demo test lint format clean
+help:
+	@echo "make demo    build, install into $(VENV), fetch a small model (98 MB, once) and let it answer a question"
+	@echo "make test    build, install into $(VENV) with what the tests need, and run every test"
+	@echo "make lint    the checks of .ci/run that need no build: ruff, mypy, clang-format, the generated binding"
+	@echo "make format  rewrite the sources as lint wants them"
+	@echo "make clean   remove $(VENV) and build/"
+
 demo: $(VENV)/.installed
-	@echo "== asking SmolLM2-135M (fetched once, 98 MB) a question"
+	@echo "== SmolLM2-135M answers a question (the model is fetched the first time, 98 MB)"
 	$(BIN)/pyruntime run smollm2-135m --chat --temperature 0 --max-tokens 200 "Explain in three sentences why the sky is blue."
 
-test: $(VENV)/.tested
-	@echo "== running all tests"
-	$(BIN)/python -m pytest -q
+# Not `python -m pytest`: that puts this folder on the path, and its pyruntime/ has no library in it.
+test: $(VENV)/.test
+	@echo "== running the tests"
+	$(BIN)/pytest -q $(PYTEST_ARGS)
 
-$(BIN)/python:
-	@echo "== making a virtual environment in $(VENV)"
-	$(PYTHON) -m venv $(VENV)
+lint: $(VENV)/.dev
+	@echo "== checking the sources"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --exclude pyruntime/_abi.py $(PYTHON_FOLDERS)
+	$(BIN)/mypy
+	$(BIN)/python core/generate_abi.py --check
+	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
 
-# Re-run only when a source has changed; the build folder is kept, so a rebuild is incremental.
-$(VENV)/.installed: $(BIN)/python $(SOURCES)
-	@echo "== building and installing pyruntime (the first time takes about 3 minutes)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check .
-	@touch $@
-
-$(VENV)/.tested: $(VENV)/.installed
-	@echo "== installing what the tests need"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[test]'
-	@touch $@
+format: $(VENV)/.dev
+	@echo "== formatting the sources"
+	$(BIN)/python core/generate_abi.py
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format --exclude pyruntime/_abi.py $(PYTHON_FOLDERS)
+	$(BIN)/clang-format -i $(C_SOURCES)
 
 clean:
 	rm -rf $(VENV) build
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found. Install Python 3.10 or newer, or name yours: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is $$($(PYTHON) --version), 3.10 or newer is needed. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module. Install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "== making a virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+# CMake and Ninja live in the environment too: with build isolation they would be fetched, and the build folder configured, each time.
+$(VENV)/.tools: $(BIN)/python pyproject.toml
+	@for c in "$${CXX:-c++}" g++ clang++; do if command -v $$c >/dev/null; then exit 0; fi; done; echo "error: no C++ compiler was found. Install GCC 11 or newer (Debian and Ubuntu: apt install g++), or name yours: make CXX=/path/to/compiler $(MAKECMDGOALS)" >&2; exit 1
+	@echo "== fetching the build tools"
+	$(PIP) install 'scikit-build-core>=0.10' 'cmake>=3.22' ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	@echo "== compiling and installing pyruntime into $(VENV) (the first time takes about 3 minutes; then only what changed)"
+	$(PIP) install --no-build-isolation .
+	@touch $@
+
+# The package is installed already, so naming it only adds what the extra lists.
+$(VENV)/.test: $(VENV)/.installed
+	@echo "== installing what the tests need"
+	$(PIP) install 'pyruntime[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	@echo "== installing the checkers"
+	$(PIP) install 'pyruntime[dev]'
+	@touch $@

@@ -57,7 +57,8 @@ class Timings:
 class Completion:
     """What generate returns for one prompt.
 
-    finish_reason: "stop" (end token, stop token or stop string) or "length" (max_tokens or the context is full).
+    finish_reason: "stop" (end token, stop token or stop string), "length" (max_tokens or the context is full), or "abort" (of a stream:
+        Ctrl-C, an error, or nobody has read on).
     stop_reason: the stop string or the token id that ended it; None for the model's own end token.
     token_ids: all sampled tokens, the ending one included.
     """
@@ -148,12 +149,13 @@ class Request:
             self.logprobs.append(TokenLogprob(token, name(token), logprob, [(i, name(i), p) for i, p in top if i >= 0]))
 
     def completion(self) -> Completion:
-        n, first, total = len(self.token_ids), self.first_token - self.started, self.ended - self.started
+        n = len(self.token_ids)
+        first, total = (self.first_token - self.started, self.ended - self.started) if n else (0.0, 0.0)
         decode = self.ended - self.first_token
         return Completion(
             text="".join(self.pieces),
             token_ids=self.token_ids,
-            finish_reason=self.finish_reason or "length",
+            finish_reason=self.finish_reason or "abort",
             stop_reason=self.stop_reason,
             seed=self.seed,
             usage=Usage(len(self.prompt), n),

@@ -64,8 +64,8 @@ class SamplingParams:
             _integer("stop_token_ids", token, 0, 1 << 31)
         for token, value in self.logit_bias.items():
             _integer("a key of logit_bias", token, 0, 1 << 31)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value == math.inf:
-                raise InvalidArgumentError(f"logit_bias[{token}] is {value!r}, expected a number or -inf")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not (abs(value) <= 1e6 or value == -math.inf):
+                raise InvalidArgumentError(f"logit_bias[{token}] is {value!r}, expected a number from -1e6 to 1e6, or -inf")
 
     @classmethod
     def from_options(cls, defaults: Mapping[str, Any], options: Mapping[str, Any]) -> SamplingParams:
@@ -108,6 +108,6 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    ok = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
+    ok = not isinstance(value, bool) and isinstance(value, (int, float)) and low <= value <= high
     if not ok or (open_low and value == low):
         raise InvalidArgumentError(f"{name} is {value!r}, expected a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}")

@@ -219,6 +219,7 @@ class Session(_Handle):
         super().__init__()
         self.n_vocab = weights.n_vocab
         self.on_progress: Callable[[int, int], None] | None = None
+        self._lock = threading.Lock()  # held by every call: nothing runs on a session that close() has released
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._callbacks = (_abi.prt_abort_fn(self._poll), _abi.prt_progress_fn(self._progress))  # kept alive with the session
@@ -233,26 +234,39 @@ class Session(_Handle):
         )
         check(lib().prt_session_create(weights.handle, ctypes.byref(config), ctypes.byref(self.handle)))
 
+    def close(self) -> None:
+        """Stops the step that another thread may be in, waits for it, and releases the session. Harmless when called twice."""
+        self._stop.set()
+        with self._lock:
+            super().close()
+
     # -- sequences
 
     def create_sequence(self) -> int:
-        return self._new_id(lib().prt_sequence_create)
+        with self._lock:
+            return self._number(lib().prt_sequence_create)
 
     def fork(self, seq: int) -> int:
         """A new sequence that shares the pages of `seq` until one of them writes."""
-        return self._new_id(lib().prt_sequence_fork, seq)
+        with self._lock:
+            return self._number(lib().prt_sequence_fork, seq)
 
     def truncate(self, seq: int, n_token: int) -> None:
         """Forgets all tokens of `seq` after the first `n_token`."""
-        check(lib().prt_sequence_truncate(self.handle, seq, n_token))
+        with self._lock:
+            check(lib().prt_sequence_truncate(self.handle, seq, n_token))
 
     def length(self, seq: int) -> int:
-        return self._new_id(lib().prt_sequence_length, seq)
+        with self._lock:
+            return self._number(lib().prt_sequence_length, seq)
 
     def free_sequence(self, seq: int) -> None:
-        check(lib().prt_sequence_free(self.handle, seq))
+        """Gives the pages back. After close() there is nothing to free, so that a generation may be dropped after its model."""
+        with self._lock:
+            if self.handle:
+                check(lib().prt_sequence_free(self.handle, seq))
 
-    def _new_id(self, function: Any, *arguments: int) -> int:
+    def _number(self, function: Any, *arguments: int) -> int:
         value = ctypes.c_int64()
         check(function(self.handle, *arguments, ctypes.byref(value)))
         return value.value
@@ -269,7 +283,8 @@ class Session(_Handle):
         n_top: int = 0,
     ) -> StepResult:
         """One forward pass. logits: "none", "last" (one row per entry) or "all". targets [n_tok]: score these tokens, -1 for none.
-        On an error no sequence has changed. Ctrl-C and abort() stop it; Ctrl-C then raises KeyboardInterrupt."""
+        On an error no sequence has changed. Ctrl-C and abort() stop it; Ctrl-C then raises KeyboardInterrupt. A sampler whose token was
+        drawn before the error remembers it."""
         n_seq = len(entries)
         counts = np.array([len(e.tokens) for e in entries], dtype=np.int32)
         tokens = _int32([t for e in entries for t in e.tokens] if n_seq != 1 else entries[0].tokens, "tokens")
@@ -299,24 +314,31 @@ class Session(_Handle):
                 result.top_ids = np.empty((n_seq, n_top), dtype=np.int32)
                 result.top_logprobs = np.empty((n_seq, n_top), dtype=np.float32)
                 batch.n_top, batch.top_ids, batch.top_logprobs = n_top, _pointer(result.top_ids), _pointer(result.top_logprobs)
-        with self._interruptible():
-            status = lib().prt_session_step(self.handle, ctypes.byref(batch))
-        if self._error is not None:
+        with self._lock:
+            with self._interruptible():
+                status = lib().prt_session_step(self.handle, ctypes.byref(batch))
             error, self._error = self._error, None
-            raise error
-        check(status)
+            if error is not None:
+                if status == _abi.PRT_OK:  # it came when the step was past its last poll
+                    for e in entries:
+                        n_before = self._number(lib().prt_sequence_length, e.seq) - len(e.tokens)
+                        check(lib().prt_sequence_truncate(self.handle, e.seq, n_before))
+                raise error
+            check(status)
         if any(e.sampler for e in entries):
             result.sampled = sampled.tolist()
         return result
 
     def abort(self) -> None:
-        """Stops the step that is running, from another thread; that step raises AbortedError."""
+        """Stops the step that is running, or else the next one, from any thread or from on_progress; that step raises AbortedError. A step
+        that takes less than 20 ms may finish instead."""
         self._stop.set()
 
     def stats(self) -> dict[str, int | float]:
         """Counters and sizes, see prt_session_stats in pyruntime.h."""
         stats = _abi.prt_session_stats()
-        check(lib().prt_session_get_stats(self.handle, ctypes.byref(stats)))
+        with self._lock:
+            check(lib().prt_session_get_stats(self.handle, ctypes.byref(stats)))
         return {name: getattr(stats, name) for name, *_ in stats._fields_ if name != "struct_size"}
 
     def _poll(self, _user: Any) -> int:
@@ -353,9 +375,11 @@ class Session(_Handle):
 
 def _int32(values: Any, what: str) -> Int32Array:
     try:
-        wide = np.asarray(values, dtype=np.int64).reshape(-1)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidArgumentError(f"{what} must be integers, got {type(values).__name__}") from None
+        wide = np.asarray(values).reshape(-1)
+    except ValueError:
+        wide = np.empty(1, dtype=object)
+    if wide.size and wide.dtype.kind not in "iu":
+        raise InvalidArgumentError(f"{what} must be integers of 32 bits, got {type(values).__name__} of {wide.dtype}")
     if wide.size and (wide.min() < -1 or wide.max() > 2**31 - 1):
         raise InvalidArgumentError(f"{what} holds {wide[(wide < -1) | (wide > 2**31 - 1)][0]}, which is not a token id")
     return np.ascontiguousarray(wide, dtype=np.int32)

@@ -52,26 +52,30 @@ def run_case(folder: Path, case: str, *, dtype: str = "auto", **options: Any) ->
     return all_logits(Session(golden_weights(folder, dtype), **options), golden(case)[0])
 
 
-def plain_error(case: str, **rounding: Any) -> np.ndarray:
-    """|error| of a plain numpy runtime with this rounding: the yardstick for ours."""
-    config = json.loads((GOLDENS / case / "config.json").read_text())
-    ids, logits = golden(case)
-    return np.abs(forward(config, make_weights(config, case), ids, **rounding) - logits)
-
-
 def round_to_f16(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float16)
+
+
+ROUNDING: dict[str, dict[str, Any]] = {"bf16": {"store": round_to_bf16}, "f16": {"store": round_to_f16}, "f32": {"dtype": np.float32}}
+
+
+@lru_cache(maxsize=64)
+def plain_error(case: str, dtype: str) -> np.ndarray:
+    """|error| of a plain numpy runtime that rounds to `dtype`: the yardstick for ours."""
+    config = json.loads((GOLDENS / case / "config.json").read_text())
+    ids, logits = golden(case)
+    return np.abs(forward(config, make_weights(config, case), ids, **ROUNDING[dtype]) - logits)
 
 
 @pytest.mark.parametrize("config_name", DIALECTS)
 @pytest.mark.parametrize("case", CASES)
 def test_f32_equals_transformers(case: str, config_name: str, tmp_path: Path) -> None:
     """Weights, activations and KV in float32, as in the golden: only the order of additions differs. Plain numpy in float32 is off by
-    1e-5 to 6e-5, of which the 17 bits that the golden keeps are a half. Ours may be off by four times as much, its exp() and rsqrt()
-    being polynomials of 1 to 2 ulp, and never by more than 1e-3, where the mistakes that test_reference.py lists begin at 0.25."""
+    1e-5 to 6e-5, of which the 17 bits that the golden keeps are a half. Ours was found to be off by 0.8 to 1.2 times as much, on any
+    instruction set; 3 times leaves room for another BLAS under numpy. (The mistakes that test_reference.py lists begin at 0.25.)"""
     folder = write_hf_folder(GOLDENS / case, tmp_path / case, "f32", config_name=config_name)
     error = np.abs(run_case(folder, case) - golden(case)[1])
-    assert error.max() <= min(1e-3, 4 * plain_error(case, dtype=np.float32).max())
+    assert error.max() <= min(1e-3, 3 * plain_error(case, "f32").max())
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
@@ -81,7 +85,7 @@ def test_half_precision_is_as_good_as_its_rounding(case: str, dtype: Any, tmp_pa
     yardstick is a plain numpy runtime that rounds exactly there. Both errors are sums of very many independent roundings: their means
     must agree closely, the largest of ten thousand values may vary more. An instruction set that keeps more in f32 is better than that."""
     folder = write_hf_folder(GOLDENS / case, tmp_path / case, dtype)
-    plain = plain_error(case, store=round_to_bf16 if dtype == "bf16" else round_to_f16)
+    plain = plain_error(case, dtype)
     error = np.abs(run_case(folder, case) - golden(case)[1])
     assert error.mean() <= 1.3 * plain.mean()
     assert error.max() <= 2.0 * plain.max()
@@ -91,9 +95,8 @@ def test_half_precision_is_as_good_as_its_rounding(case: str, dtype: Any, tmp_pa
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
 def test_every_instruction_set(isa: str, dtype: Any, tmp_path: Path) -> None:
     folder = write_hf_folder(GOLDENS / "qwen3", tmp_path / "qwen3", dtype)
-    rounding = {"bf16": {"store": round_to_bf16}, "f16": {"store": round_to_f16}, "f32": {"dtype": np.float32}}
     error = np.abs(run_case(folder, "qwen3", cpu_isa=isa) - golden("qwen3")[1])
-    assert error.max() <= (4.0 if dtype == "f32" else 2.0) * plain_error("qwen3", **rounding[dtype]).max()
+    assert error.max() <= (3.0 if dtype == "f32" else 2.0) * plain_error("qwen3", dtype).max()
 
 
 @pytest.mark.parametrize("case", ["llama3", "qwen3_tied_bias"])

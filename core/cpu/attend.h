@@ -114,7 +114,7 @@ struct RowBlock {
 PRT_INLINE void load_queries(const Attention& a, const RowBlock& b, int64_t d, float* q) {
   for (int64_t i = 0; i < b.n_row; ++i) {
     const float* from = a.q.row<float>(b.first_row + i / b.group) + (b.kv_head * b.group + i % b.group) * d;
-    for (int64_t j = 0; j < d; ++j) q[i * d + j] = from[j] * a.scale;
+    for (int64_t j = 0; j < d; ++j) q[i * d + j] = from[j];
   }
 }
 
@@ -138,44 +138,62 @@ PRT_INLINE void load_page(const Attention& a, int64_t page, int64_t kv_head, int
   }
 }
 
-// Attends the rows of `b` to chunk c; s.q is loaded, the result goes to `into`.
-template <class W>
-PRT_INLINE void attend_chunk(const Attention& a, const RowBlock& b, int64_t c, const AttendScratch& s, const Partial& into) {
-  const int64_t d = a.k_pages.shape[3], d_pad = round_up(d, kWidth);
-  clear(into, b.n_row, d_pad);
+// The running softmax of one page: scores [n_row][64] become weights e^(scale score - top), sums of earlier pages shrink to the new top.
+// Scores of keys in [n_key, n_pad), or that a row may not see, are not looked at; their weights are 0.
+PRT_INLINE void softmax_page(const Attention& a, const RowBlock& b, int64_t key, int64_t n_key, int64_t n_pad, float scale, float* scores,
+                             const Partial& into, int64_t d_pad) {
+  for (int64_t r = 0; r < b.n_row; ++r) {
+    float* score = scores + r * kPageTokens;
+    const KeyRange range = visible(a, RowBlock::position_of(b, r));
+    const int64_t lo = max64(0, range.begin - key), hi = min64(n_key, range.end - key);
+    for (int64_t i = 0; i < min64(lo, n_pad); ++i) score[i] = -__builtin_inff();
+    for (int64_t i = max64(0, hi); i < n_pad; ++i) score[i] = -__builtin_inff();
+    vf best = splat(-__builtin_inff());
+    for (int64_t i = 0; i < n_pad; i += kWidth) best = max(best, load(score + i));
+    const float before = into.top[r], here = max_of(best) * scale, top = before > here ? before : here;
+    if (top == -__builtin_inff()) {  // nothing visible yet: weights must be 0, not e^(-inf + inf)
+      for (int64_t i = 0; i < n_pad; ++i) score[i] = 0;
+      continue;
+    }
+    const vf minus_top = splat(-top);
+    vf total{};
+    for (int64_t i = 0; i < n_pad; i += kWidth) {
+      const vf p = exp(fma(load(score + i), splat(scale), minus_top));
+      store(score + i, p);
+      total += p;
+    }
+    if (top == before) {
+      into.total[r] += sum(total);
+      continue;
+    }
+    const float shrink = exp1(before - top);
+    into.total[r] = into.total[r] * shrink + sum(total);
+    into.top[r] = top;
+    for (int64_t i = 0; i < d_pad; i += kWidth) store(into.sum + r * d_pad + i, load(into.sum + r * d_pad + i) * shrink);
+  }
+}
+
+// The pages of chunk c that some row of the block sees: f(key, n_key, page), key the position of the page's first token.
+template <class F>
+PRT_INLINE void for_pages(const Attention& a, const RowBlock& b, int64_t c, F&& f) {
   const int64_t first = visible(a, b.first_position).begin, last = visible(a, RowBlock::position_of(b, b.n_row - 1)).end;
   const int64_t begin = max64(c * kChunkTokens, first / kPageTokens * kPageTokens), end = min64((c + 1) * kChunkTokens, last);
-  for (int64_t key = begin; key < end; key += kPageTokens) {
-    const int64_t n_key = min64(kPageTokens, end - key), n_pad = round_up(n_key, kWidth);
-    load_page<W>(a, a.page_table.row<int32_t>(b.entry)[key / kPageTokens], b.kv_head, n_key, d, d_pad, s);
+  for (int64_t key = begin; key < end; key += kPageTokens)
+    f(key, min64(kPageTokens, end - key), a.page_table.row<int32_t>(b.entry)[key / kPageTokens]);
+}
+
+// Attends the rows of `b` to chunk c in f32; load_queries has filled s.q. The result goes to `into`.
+template <class W>
+PRT_INLINE void attend_chunk_f32(const Attention& a, const RowBlock& b, int64_t c, const AttendScratch& s, const Partial& into) {
+  const int64_t d = a.k_pages.shape[3], d_pad = round_up(d, kWidth);
+  clear(into, b.n_row, d_pad);
+  for_pages(a, b, c, [&](int64_t key, int64_t n_key, int64_t page) {
+    const int64_t n_pad = round_up(n_key, kWidth);
+    load_page<W>(a, page, b.kv_head, n_key, d, d_pad, s);
     product(b.n_row, n_pad, s.q, d, s.k, kPageTokens, d, s.scores, kPageTokens, false);
-    for (int64_t r = 0; r < b.n_row; ++r) {
-      float* score = s.scores + r * kPageTokens;
-      const KeyRange range = visible(a, RowBlock::position_of(b, r));
-      const int64_t lo = max64(0, range.begin - key), hi = min64(n_key, range.end - key);
-      for (int64_t i = 0; i < min64(lo, n_pad); ++i) score[i] = -__builtin_inff();
-      for (int64_t i = max64(0, hi); i < n_pad; ++i) score[i] = -__builtin_inff();
-      vf best = splat(into.top[r]);
-      for (int64_t i = 0; i < n_pad; i += kWidth) best = max(best, load(score + i));
-      const float top = max_of(best);
-      if (top == -__builtin_inff()) {  // nothing visible yet: weights must be 0, not e^(-inf + inf)
-        for (int64_t i = 0; i < n_pad; ++i) score[i] = 0;
-        continue;
-      }
-      const float shrink = exp1(into.top[r] - top);
-      vf total{};
-      for (int64_t i = 0; i < n_pad; i += kWidth) {
-        const vf p = exp(load(score + i) - top);
-        store(score + i, p);
-        total += p;
-      }
-      into.total[r] = into.total[r] * shrink + sum(total);
-      into.top[r] = top;
-      if (shrink != 1.0f)
-        for (int64_t i = 0; i < d_pad; i += kWidth) store(into.sum + r * d_pad + i, load(into.sum + r * d_pad + i) * shrink);
-    }
+    softmax_page(a, b, key, n_key, n_pad, a.scale, s.scores, into, d_pad);
     product(b.n_row, d_pad, s.scores, kPageTokens, s.v, d_pad, n_key, into.sum, d_pad, true);
-  }
+  });
 }
 
 PRT_INLINE void write_row(const Attention& a, int64_t row, int64_t head, const float* sum, float total, int64_t d) {

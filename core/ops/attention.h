@@ -9,9 +9,10 @@ constexpr int64_t kAttentionRows = 64;  // query rows (tokens x heads of a group
 void check_attention(const char* op, const Attention& a);
 
 inline int64_t attention_block_rows(int64_t group) { return group > kAttentionRows ? group : kAttentionRows / group * group; }
+inline int64_t attention_scratch_rows(int64_t group) { return (attention_block_rows(group) + 15) / 16 * 16; }  // whole tiles
 // Per thread; d is padded to the widest vector (16) so that every instruction set fits.
 inline int64_t attention_thread_floats(int64_t group, int64_t d) {
-  const int64_t rows = attention_block_rows(group), d_pad = (d + 15) / 16 * 16;
+  const int64_t rows = attention_scratch_rows(group), d_pad = (d + 15) / 16 * 16;
   return (rows * (d + kPageTokens) + kPageTokens * (d + d_pad) + 2 * rows * (2 + d_pad) + 64 + 15) / 16 * 16;
 }
 // Decode keeps one partial result per chunk and query head.

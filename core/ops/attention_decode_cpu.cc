@@ -1,4 +1,4 @@
-#include "cpu/attend.h"
+#include "cpu/attend_amx.h"
 #include "ops/attention.h"
 #include "ops/cpu_table.h"
 
@@ -8,7 +8,7 @@ namespace prt::PRT_ISA {
 // merged in order. Entries go in groups whose partial results fit the scratch.
 void attention_decode(ThreadPool& pool, const Attention& a) {
   const int64_t d = a.k_pages.shape[3], d_pad = round_up(d, kWidth), h_kv = a.k_pages.shape[1], h_q = a.q.shape[1] / d, group = h_q / h_kv;
-  const int64_t n_entry = a.kv_len.shape[0], block_rows = attention_block_rows(group), per_thread = attention_thread_floats(group, d);
+  const int64_t n_entry = a.kv_len.shape[0], per_thread = attention_thread_floats(group, d);
   const int32_t* kv_len = static_cast<const int32_t*>(a.kv_len.data);
   float* partials = static_cast<float*>(a.scratch.data) + pool.size() * per_thread;
   const int64_t per_partial = attention_partial_floats(h_q, d);
@@ -33,13 +33,16 @@ void attention_decode(ThreadPool& pool, const Attention& a) {
         const Partial into = partial_at(slot, b.kv_head);
         const KeyRange range = visible(a, b.first_position);
         if ((c + 1) * kChunkTokens <= range.begin) return clear(into, group, d_pad);
-        const AttendScratch s = AttendScratch::at(static_cast<float*>(a.scratch.data) + thread * per_thread, block_rows, d);
-        load_queries(a, b, d, s.q);
-        attend_chunk<W>(a, b, c, s, into);
+        const AttendScratch s = AttendScratch::at(static_cast<float*>(a.scratch.data) + thread * per_thread, attention_scratch_rows(group), d);
+        load_block<W>(a, b, d, s);
+        attend_chunk<W>(a, b, c, s);
+        __builtin_memcpy(into.sum, s.chunk.sum, static_cast<size_t>(group * d_pad) * sizeof(float));
+        __builtin_memcpy(into.top, s.chunk.top, static_cast<size_t>(group) * sizeof(float));
+        __builtin_memcpy(into.total, s.chunk.total, static_cast<size_t>(group) * sizeof(float));
       });
     });
     pool.parallel_for(e1 - e0, [&](int64_t i, int32_t thread) {
-      const AttendScratch s = AttendScratch::at(static_cast<float*>(a.scratch.data) + thread * per_thread, block_rows, d);
+      const AttendScratch s = AttendScratch::at(static_cast<float*>(a.scratch.data) + thread * per_thread, attention_scratch_rows(group), d);
       int64_t slot = 0;
       for (int64_t e = e0; e < e0 + i; ++e) slot += chunks_of(e);
       for (int64_t h = 0; h < h_q; ++h) {
