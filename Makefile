@@ -30,11 +30,13 @@ test: $(VENV)/.test
 	@echo "== running the tests"
 	$(BIN)/pytest -q $(PYTEST_ARGS)
 
+# mypy sees the package as it is installed, with models/ inside.
 lint: $(VENV)/.dev
 	@echo "== checking the sources"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --exclude pyruntime/_abi.py $(PYTHON_FOLDERS)
-	$(BIN)/mypy
+	rm -rf build/typed && mkdir -p build/typed && cp -r pyruntime build/typed/ && cp -r models build/typed/pyruntime/
+	cd build/typed && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 	$(BIN)/python core/generate_abi.py --check
 	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
 

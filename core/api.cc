@@ -214,7 +214,7 @@ prt_status prt_session_create(prt_model* model, const prt_session_config* config
     const std::shared_ptr<const Model> m = deref(model, "model").model;
     if (!m->finalized) fail(PRT_BAD_STATE, "the model is not finalized: call prt_model_finalize first");
     const prt_session_config defaults = PRT_SESSION_CONFIG_INIT;
-    *out = new prt_session{m, Session(m, read_struct(config, defaults, sizeof(uint32_t), "config"))};
+    *out = new prt_session{m, Session(m, read_struct(config, defaults, PRT_SIZE_THROUGH(prt_session_config, cpu_isa), "config"))};
   });
 }
 
@@ -266,8 +266,10 @@ prt_status prt_sampler_sample(prt_sampler* sampler, const float* logits, int32_t
     std::vector<float> row(logits, logits + n_vocab);
     const SampleRow params = s.row();
     ThreadPool alone(1);
-    sample(cpu_backend(alone, isa_best()), {make_tensor(row.data(), DType::f32, 1, n_vocab), &params, make_tensor(token, DType::i32, 1),
-                                            logprob ? make_tensor(logprob, DType::f32, 1) : Tensor{}, {}, {}});
+    std::vector<float> scratch(static_cast<size_t>(sample_scratch_floats(n_vocab)));
+    sample(cpu_backend(alone, isa_best()),
+           {make_tensor(row.data(), DType::f32, 1, n_vocab), &params, make_tensor(token, DType::i32, 1),
+            logprob ? make_tensor(logprob, DType::f32, 1) : Tensor{}, {}, {}, make_tensor(scratch.data(), DType::f32, 1, scratch.size())});
     s.drawn(*token);
   });
 }
@@ -277,7 +279,7 @@ void prt_sampler_release(prt_sampler* sampler) { delete reinterpret_cast<Sampler
 prt_status prt_session_step(prt_session* session, const prt_batch* batch) {
   return with_session(session, [&](Session& s) {
     const prt_batch defaults = PRT_BATCH_INIT;
-    s.step(read_struct(batch, defaults, sizeof(uint32_t), "batch"));
+    s.step(read_struct(batch, defaults, PRT_SIZE_THROUGH(prt_batch, top_logprobs), "batch"));
   });
 }
 

@@ -20,7 +20,7 @@ class Sizes:
 
     @property
     def id(self) -> str:
-        return "-".join(f"{k}={_short(v)}" for k, v in vars(self).items() if k != "op" and v not in (0, False))
+        return "-".join(f"{k}={_short(v)}" for k, v in vars(self).items() if k != "op" and v is not False and (k, v) != ("window", 0))
 
 
 def _short(value: Any) -> str:
@@ -125,7 +125,6 @@ LINEAR = [
     Linear(48, 576, 320, accumulate=True),
     Linear(1, 1536, 576, bias=True),
     Linear(6, 4096, 32),  # a block of x that does not fit the second-level cache beside the weights
-    Linear(0, 64, 32),
 ]
 
 ROPE_KV_WRITE = [

@@ -12,38 +12,19 @@ import pytest
 
 from goldens.cases import CASES
 from goldens.weights import make_weights, round_to_bf16, write_hf_folder
-from pyruntime.checkpoint import open_checkpoint
-from pyruntime.session import Entry, Session, Weights
+from pyruntime.session import Entry, Session
 from reference import forward
+from tiny import GOLDENS, all_logits, golden_weights
 
-GOLDENS = Path(__file__).resolve().parent / "goldens"
 DIALECTS = ["config.json", "config_v5.json"]
 FEW = ["llama3", "llama_bias", "llama_head80", "mistral_window", "qwen2", "qwen3", "smollm2"]
 ISAS = ["baseline", "avx2", "avx512", "avx512bf16", "amx"]  # upper bounds: a machine runs the best it has below them
-
-
-@lru_cache(maxsize=4)
-def golden_weights(folder: Path, dtype: str = "auto") -> Weights:
-    """The tensors of a Hugging Face folder, kept in `dtype` ("auto": the folder's own)."""
-    with open_checkpoint(folder) as checkpoint:
-        weights = Weights(checkpoint.config, dtype=checkpoint.config.dtype if dtype == "auto" else dtype, device="cpu")
-        weights.load(checkpoint.tensors, threads=2)
-    return weights
 
 
 def golden(case: str) -> tuple[np.ndarray, np.ndarray]:
     """(input_ids [n_tok], logits [n_tok, n_vocab]) as transformers computed them."""
     stored = np.load(GOLDENS / case / "logits.npz")
     return stored["input_ids"], stored["logits"]
-
-
-def all_logits(session: Session, ids: np.ndarray) -> np.ndarray:
-    """Logits [n_tok, n_vocab] of a fresh sequence, which is freed again."""
-    seq = session.create_sequence()
-    logits = session.step([Entry(seq, ids)], logits="all").logits
-    session.free_sequence(seq)
-    assert logits is not None and np.isfinite(logits).all()
-    return logits
 
 
 def run_case(folder: Path, case: str, *, dtype: str = "auto", **options: Any) -> np.ndarray:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from goldens.weights import write_hf_folder
 from pyruntime.errors import InvalidArgumentError, OutOfPagesError
 from pyruntime.session import Entry, Session, Weights
-from test_families import GOLDENS, all_logits, golden_weights
+from tiny import GOLDENS, all_logits, golden_weights
 
 PAGE, N_PAGE, MAX_CONTEXT, N_VOCAB = 64, 9, 256, 96
 CASE = "mistral_window"  # its window, 48, is shorter than a page: old pages must still be counted, and never be read
@@ -67,6 +67,10 @@ class PoolMachine(RuleBasedStateMachine):
     def used(self, pages: dict[int, Pages]) -> int:
         return len({id(page) for held in pages.values() for page in held})
 
+    @initialize(target=sequences)
+    def create_first(self) -> int:
+        return self.create()
+
     @rule(target=sequences)
     def create(self) -> int:
         seq = self.session.create_sequence()
@@ -80,6 +84,15 @@ class PoolMachine(RuleBasedStateMachine):
         assert new not in self.tokens
         self.tokens[new], self.pages[new] = list(self.tokens[seq]), list(self.pages[seq])
         return new
+
+    @rule(target=sequences, seq=sequences, n_fork=st.integers(1, 3), counts=st.lists(counts, min_size=4, max_size=4))
+    def fork_and_step(self, seq: int, n_fork: int, counts: list[int]) -> object:
+        """All sides write in one batch, most of them into pages that they share."""
+        if not self.tokens[seq]:
+            self.try_step([(seq, 7)], seed=0)
+        forks = [self.fork(seq) for _ in range(n_fork)]
+        self.try_step(list(zip([*forks, seq], counts, strict=False)), seed=1)
+        return multiple(*forks)
 
     @rule(seq=sequences, share=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0])), at_border=st.booleans())
     def truncate(self, seq: int, share: float, at_border: bool) -> None:
@@ -117,13 +130,17 @@ class PoolMachine(RuleBasedStateMachine):
                 self.session.step(entries)
             return False
         if self.used(after) > N_PAGE:
+            event("out of pages")
             needed, free = self.used(after) - self.used(self.pages), N_PAGE - self.used(self.pages)
             with pytest.raises(OutOfPagesError, match=f"needs {needed} KV pages of 64 tokens, {free} of {N_PAGE} are free"):
                 self.session.step(entries)
             return False
         logits = self.session.step(entries, logits="last").logits
         assert logits is not None
+        if any(a is not b for seq in after for a, b in zip(self.pages[seq], after[seq], strict=False)):
+            event("copy on write")
         self.pages = after
+        self.peak = max(self.peak, self.used(after))
         for row, entry in zip(logits, entries, strict=True):
             self.tokens[entry.seq] += list(map(int, entry.tokens))
             assert np.array_equal(row, fresh_logits(tuple(self.tokens[entry.seq])))
@@ -133,7 +150,6 @@ class PoolMachine(RuleBasedStateMachine):
     def the_pool_agrees(self) -> None:
         stats = self.session.stats()
         used = self.used(self.pages)
-        self.peak = max(self.peak, used)
         assert stats["n_page_free"] == N_PAGE - used
         assert stats["n_page_peak"] == self.peak
         assert stats["n_sequence"] == len(self.tokens)
@@ -152,7 +168,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 PoolMachine.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=120, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 TestPool = PoolMachine.TestCase
 

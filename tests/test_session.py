@@ -15,7 +15,7 @@ from goldens.weights import write_hf_folder
 from pyruntime.errors import AbortedError, InvalidArgumentError, OutOfMemoryError, OutOfPagesError
 from pyruntime.sampling import SamplingParams
 from pyruntime.session import Entry, Sampler, Session, Weights
-from test_families import GOLDENS, all_logits, golden_weights
+from tiny import GOLDENS, all_logits, golden_weights, log_softmax
 
 CASE, N_VOCAB = "qwen3", 96
 Open = Callable[..., Session]
@@ -42,12 +42,6 @@ def open_session(weights: Weights) -> Iterator[Open]:
 
 def prompt(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, N_VOCAB, n, dtype=np.int32)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64)
-    x = x - x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 def step_logits(session: Session, entries: list[Entry], which: str = "last") -> np.ndarray:

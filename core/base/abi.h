@@ -1,9 +1,12 @@
-// Reading structures that begin with struct_size.
+// Reading structures that begin with struct_size. PRT_SIZE_THROUGH(type, field) is the size of a structure whose last field that is.
 #pragma once
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 
 #include "base/check.h"
+
+#define PRT_SIZE_THROUGH(type, field) static_cast<uint32_t>(offsetof(type, field) + sizeof(type::field))
 
 namespace prt {
 

@@ -72,18 +72,19 @@ void PagePool::grow(int32_t n_seq, const int64_t* seq, const int32_t* n_token, G
   // First count, so that failing changes nothing. Sharers that write in this same batch are counted one by one: the last of them
   // owns the page and needs no copy.
   int64_t need = 0;
-  std::unordered_map<int32_t, int32_t> left;
+  left_.clear();
   for (int32_t i = 0; i < n_seq; ++i) {
     const Sequence& s = find(seq[i]);
     check(s.length + n_token[i] <= max_context_, "sequence ", seq[i], " has ", s.length, " tokens; ", n_token[i],
           " more do not fit max_context ", max_context_);
     need += pages_for(s.length + n_token[i]) - static_cast<int64_t>(s.pages.size());
-    if (s.length % PRT_PAGE_TOKENS != 0) {
-      const int32_t page = s.pages[static_cast<size_t>(s.length / PRT_PAGE_TOKENS)];
-      int32_t& refs = left.try_emplace(page, refs_[static_cast<size_t>(page)]).first->second;
-      if (refs > 1) {
+    const int32_t page = s.length % PRT_PAGE_TOKENS ? s.pages[static_cast<size_t>(s.length / PRT_PAGE_TOKENS)] : -1;
+    if (page >= 0 && refs_[static_cast<size_t>(page)] > 1) {
+      auto it = std::find_if(left_.begin(), left_.end(), [&](const auto& x) { return x.first == page; });
+      if (it == left_.end()) it = left_.insert(it, {page, refs_[static_cast<size_t>(page)]});
+      if (it->second > 1) {
         ++need;
-        --refs;
+        --it->second;
       }
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "pyruntime.h"
@@ -55,6 +56,7 @@ class PagePool {
   int64_t max_context_;
   int64_t next_id_ = 1;
   std::vector<int32_t> refs_;  // [n_page] sequences that hold the page
+  std::vector<std::pair<int32_t, int32_t>> left_;  // grow(): (shared page, sequences that have not copied it yet)
   std::vector<int32_t> free_;  // a stack: the page freed last is the warmest
   int32_t peak_ = 0;
   int64_t n_copy_ = 0;

@@ -19,7 +19,7 @@ void finite_in(const char* name, double value, double lo, double hi) {
 ModelConfig read_model_config(const prt_model_config* config) {
   const prt_model_config defaults = PRT_MODEL_CONFIG_INIT;
   ModelConfig c;
-  static_cast<prt_model_config&>(c) = read_struct(config, defaults, sizeof(prt_model_config), "config");
+  static_cast<prt_model_config&>(c) = read_struct(config, defaults, PRT_SIZE_THROUGH(prt_model_config, rope_truncate), "config");
   float_dtype(c.dtype, "config: dtype");
   in_range("n_layer", c.n_layer, 1, 1024);
   in_range("h_q", c.h_q, 1, 1024);

@@ -103,8 +103,10 @@ struct Sample {
   Tensor logprobs;       // out [n_row] f32, of the unmodified distribution; or missing
   Tensor top_ids;        // out [n_row][n_top] i32, or missing
   Tensor top_logprobs;   // out [n_row][n_top] f32, or missing
+  Tensor scratch;        // [n_threads][sample_scratch_floats()] f32
 };
 void sample(const Backend&, const Sample&);
+inline int64_t sample_scratch_floats(int64_t n_vocab) { return 5 * n_vocab; }  // candidates 2, their weights 1, saved logits 2
 
 // Copies whole pages, for copy on write: dst[i] = src[i]
 struct PageCopy {

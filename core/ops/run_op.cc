@@ -87,7 +87,9 @@ void run_op(const Backend& b, const char* op, prt_tensor* const* operands, int32
     for (int64_t i = 0; i < c.dim(0, 0); ++i)
       rows.push_back({static_cast<float>(c.params[0]), static_cast<float>(c.params[2]), static_cast<float>(c.params[3]), 1, 0, 0,
                       static_cast<int32_t>(c.params[1]), 0, 0, nullptr, nullptr, nullptr, t[2].as<float>()[i]});
-    sample(b, {t[0], rows.data(), t[1], {}, {}, {}});
+    Tensor scratch = scratch_of(4 * b.pool->size() * sample_scratch_floats(c.dim(0, 1)));
+    scratch = make_tensor(scratch.data, DType::f32, b.pool->size(), sample_scratch_floats(c.dim(0, 1)));
+    sample(b, {t[0], rows.data(), t[1], {}, {}, {}, scratch});
   } else if (c.op == "page_copy") {
     c.expect(4, 0);
     page_copy(b, {t[0], t[1], t[2], t[3]});

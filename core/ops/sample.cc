@@ -13,6 +13,7 @@ void sample(const Backend& backend, const Sample& a) {
     check(a.top_ids.shape[1] <= n_vocab, "sample: n_top is ", a.top_ids.shape[1], ", more than the vocabulary of ", n_vocab);
     check_shape("sample", "top_logprobs", a.top_logprobs, DType::f32, {n_row, a.top_ids.shape[1]});
   }
+  check_shape("sample", "scratch", a.scratch, DType::f32, {backend.pool->size(), sample_scratch_floats(n_vocab)});
   backend.cpu->sample(*backend.pool, a);
 }
 

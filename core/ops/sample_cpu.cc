@@ -88,7 +88,8 @@ int32_t draw(const Candidate* c, int64_t m, const SampleRow& row, float* weight,
   return c[n - 1].id;
 }
 
-int32_t sample_row(const float* logits, int64_t n, const SampleRow& row) {
+// scratch: n candidates, then n weights
+int32_t sample_row(const float* logits, int64_t n, const SampleRow& row, Candidate* c, float* weight) {
   if (row.temperature <= 0) return argmax(logits, n);
   const float top = row_max(logits, n), scale = 1.0f / row.temperature;
   if (!(top > -__builtin_inff() && top < __builtin_inff())) return argmax(logits, n);
@@ -117,12 +118,9 @@ int32_t sample_row(const float* logits, int64_t n, const SampleRow& row) {
   const double total = by_k || row.top_p >= 1.0f ? 0 : sum_exp(logits, n, top, scale);
   for (int64_t k = by_k ? row.top_k : 256;; k *= 8) {  // top_p rarely needs more than 256 tokens; widen until it is reached
     k = min64(k, n);
-    Candidate* c = static_cast<Candidate*>(__builtin_malloc(static_cast<size_t>(k) * (sizeof(Candidate) + sizeof(float))));
-    if (!c) return argmax(logits, n);
     const int64_t m = select_top(logits, n, k, floor, c);
     bool enough = false;
-    const int32_t id = draw(c, m, row, reinterpret_cast<float*>(c + k), total, by_k || m < k || k == n, &enough);
-    __builtin_free(c);
+    const int32_t id = draw(c, m, row, weight, total, by_k || m < k || k == n, &enough);
     if (enough) return id;
   }
 }
@@ -131,42 +129,35 @@ int32_t sample_row(const float* logits, int64_t n, const SampleRow& row) {
 
 void sample(ThreadPool& pool, const Sample& a) {
   const int64_t n = a.logits.shape[1], n_top = a.top_ids.data ? a.top_ids.shape[1] : 0;
-  pool.parallel_for(a.logits.shape[0], [&](int64_t r, int32_t) {
+  pool.parallel_for(a.logits.shape[0], [&](int64_t r, int32_t thread) {
     float* logits = a.logits.row<float>(r);
+    Candidate* candidates = reinterpret_cast<Candidate*>(a.scratch.row<float>(thread));
+    float *weights = a.scratch.row<float>(thread) + 2 * n, *saved = weights + n;  // saved: at most one value per bias and per token seen
     const SampleRow& row = a.rows[r];
     const bool want_logprob = a.logprobs.data != nullptr;
     const float norm = want_logprob || n_top > 0 ? log_sum_exp(logits, n) : 0.0f;
     if (n_top > 0) {
-      Candidate* best = static_cast<Candidate*>(__builtin_malloc(static_cast<size_t>(n_top) * sizeof(Candidate)));
-      const int64_t m = best ? select_top(logits, n, n_top, -__builtin_inff(), best) : 0;
+      const int64_t m = select_top(logits, n, n_top, -__builtin_inff(), candidates);
       for (int64_t i = 0; i < n_top; ++i) {
-        a.top_ids.row<int32_t>(r)[i] = i < m ? best[i].id : -1;
-        a.top_logprobs.row<float>(r)[i] = i < m ? best[i].logit - norm : -__builtin_inff();
+        a.top_ids.row<int32_t>(r)[i] = i < m ? candidates[i].id : -1;
+        a.top_logprobs.row<float>(r)[i] = i < m ? candidates[i].logit - norm : -__builtin_inff();
       }
-      __builtin_free(best);
     }
     // The logits that the parameters change are few: keep their values and put them back.
-    const int64_t n_saved = row.n_seen + row.n_bias;
-    float* saved = n_saved ? static_cast<float*>(__builtin_malloc(static_cast<size_t>(n_saved) * sizeof(float))) : nullptr;
-    if (saved) {
-      for (int64_t i = 0; i < row.n_bias; ++i) {
-        saved[i] = logits[row.bias_ids[i]];
-        logits[row.bias_ids[i]] += row.bias_values[i];
-      }
-      for (int64_t i = 0; i < row.n_seen; ++i) {
-        float& x = logits[row.seen[i].id];
-        saved[row.n_bias + i] = x;
-        x = x > 0 ? x / row.repetition_penalty : x * row.repetition_penalty;
-        const int32_t times = row.seen[i].n_generated;
-        if (times > 0) x -= static_cast<float>(times) * row.frequency_penalty + row.presence_penalty;
-      }
+    for (int64_t i = 0; i < row.n_bias; ++i) {
+      saved[i] = logits[row.bias_ids[i]];
+      logits[row.bias_ids[i]] += row.bias_values[i];
     }
-    const int32_t token = sample_row(logits, n, row);
-    if (saved) {
-      for (int64_t i = row.n_seen; i-- > 0;) logits[row.seen[i].id] = saved[row.n_bias + i];
-      for (int64_t i = row.n_bias; i-- > 0;) logits[row.bias_ids[i]] = saved[i];
-      __builtin_free(saved);
+    for (int64_t i = 0; i < row.n_seen; ++i) {
+      float& x = logits[row.seen[i].id];
+      saved[row.n_bias + i] = x;
+      x = x > 0 ? x / row.repetition_penalty : x * row.repetition_penalty;
+      const int32_t times = row.seen[i].n_generated;
+      if (times > 0) x -= static_cast<float>(times) * row.frequency_penalty + row.presence_penalty;
     }
+    const int32_t token = sample_row(logits, n, row, candidates, weights);
+    for (int64_t i = row.n_seen; i-- > 0;) logits[row.seen[i].id] = saved[row.n_bias + i];
+    for (int64_t i = row.n_bias; i-- > 0;) logits[row.bias_ids[i]] = saved[i];
     static_cast<int32_t*>(a.tokens.data)[r] = token;
     if (want_logprob) static_cast<float*>(a.logprobs.data)[r] = logits[token] - norm;
   });

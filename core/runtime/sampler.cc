@@ -33,7 +33,7 @@ void check_range(const char* name, float value, double lo, double hi, bool open_
 Sampler::Sampler(int32_t n_vocab, const prt_sampling* sampling) : n_vocab_(n_vocab) {
   check(n_vocab > 0 && n_vocab <= 1 << 24, "n_vocab is ", n_vocab, ", expected 1..", 1 << 24);
   const prt_sampling defaults = PRT_SAMPLING_INIT;
-  params_ = read_struct(sampling, defaults, sizeof(prt_sampling), "sampling");
+  params_ = read_struct(sampling, defaults, PRT_SIZE_THROUGH(prt_sampling, seed), "sampling");
   check_range("temperature", params_.temperature, 0, 100, false);
   check(params_.top_k >= 0, "sampling: top_k is ", params_.top_k, ", expected 0 (off) or more");
   check_range("top_p", params_.top_p, 0, 1, true);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <unordered_set>
 
 #include "base/log.h"
 
@@ -43,7 +42,7 @@ Session::Session(std::shared_ptr<const Model> model, const prt_session_config& c
       backend_(cpu_backend(threads_, isa_)),
       max_pages_(pages_for(config_.max_context)) {
   const ModelConfig& c = model_->config;
-  check(model_->finalized, "the model is not finalized");
+  config_.n_threads = threads_.size();  // the system may have refused some
   Arena measure;
   const int64_t workspace = layout(measure), page = page_bytes(c), kv = page * config_.n_page, free = host_memory_free();
   if (kv > free - workspace) {
@@ -83,10 +82,11 @@ int64_t Session::layout(Arena& arena) {
   out_targets_ = arena.take(DType::i32, kLogitRows);
   out_logprobs_ = arena.take(DType::f32, kLogitRows);
   out_tokens_ = arena.take(DType::i32, kLogitRows);
+  sample_scratch_ = arena.take(DType::f32, config_.n_threads, sample_scratch_floats(c.n_vocab));
   return arena.used();
 }
 
-void Session::check_batch(const prt_batch& b) const {
+void Session::check_batch(const prt_batch& b) {
   const int32_t n_vocab = model_->config.n_vocab;
   check(b.n_seq > 0 && b.n_seq <= 1 << 20, "batch: n_seq is ", b.n_seq, ", expected 1 or more");
   check(b.seq && b.n_token && b.tokens, "batch: seq, n_token or tokens is NULL");
@@ -95,16 +95,12 @@ void Session::check_batch(const prt_batch& b) const {
   check(!b.samplers || b.sampled, "batch: samplers are given, sampled is NULL");
   check(b.n_top >= 0 && b.n_top <= n_vocab, "batch: n_top is ", b.n_top, ", expected 0..", n_vocab);
   check(b.n_top == 0 || (b.top_ids && b.top_logprobs), "batch: n_top is ", b.n_top, ", top_ids or top_logprobs is NULL");
-  std::unordered_set<int64_t> seqs;
-  std::unordered_set<const void*> samplers;
   int64_t n_tok = 0;
   for (int32_t s = 0; s < b.n_seq; ++s) {
     check(b.n_token[s] >= 1 && b.n_token[s] <= config_.max_context, "batch: n_token of entry ", s, " is ", b.n_token[s], ", expected 1..",
           config_.max_context, " (max_context)");
-    check(seqs.insert(b.seq[s]).second, "batch: sequence ", b.seq[s], " appears twice");
     if (b.samplers && b.samplers[s]) {
       const auto* sampler = reinterpret_cast<const Sampler*>(b.samplers[s]);
-      check(samplers.insert(sampler).second, "batch: the sampler of entry ", s, " is used by another entry too");
       check(sampler->n_vocab() == n_vocab, "batch: the sampler of entry ", s, " was made for a vocabulary of ", sampler->n_vocab(),
             ", the model has ", n_vocab);
     }
@@ -115,6 +111,19 @@ void Session::check_batch(const prt_batch& b) const {
       check(target >= -1 && target < n_vocab, "batch: target ", target, " at ", i, " of entry ", s, " is outside the vocabulary of ", n_vocab);
     }
     n_tok += b.n_token[s];
+  }
+  for (const bool samplers : {false, true}) {
+    if (samplers && !b.samplers) continue;
+    seen_.clear();
+    for (int32_t s = 0; s < b.n_seq; ++s) {
+      const int64_t key = samplers ? static_cast<int64_t>(reinterpret_cast<intptr_t>(b.samplers[s])) : b.seq[s];
+      if (!samplers || key) seen_.push_back(key);
+    }
+    std::sort(seen_.begin(), seen_.end());
+    const auto twice = std::adjacent_find(seen_.begin(), seen_.end());
+    if (twice == seen_.end()) continue;
+    if (samplers) fail(PRT_INVALID_ARGUMENT, "batch: two entries use the same sampler");
+    fail(PRT_INVALID_ARGUMENT, "batch: sequence ", *twice, " appears twice");
   }
 }
 
@@ -192,7 +201,7 @@ void Session::run_outputs(const prt_batch& b, const std::vector<Output>& outputs
     for (int64_t i = 0; i < n_sample; ++i) sample_rows_.push_back(reinterpret_cast<const Sampler*>(b.samplers[out[i].sample_entry])->row());
     top_ids_.resize(static_cast<size_t>(n_sample * b.n_top));
     top_logprobs_.resize(top_ids_.size());
-    Sample op{logits.rows(0, n_sample), sample_rows_.data(), out_tokens_.rows(0, n_sample), {}, {}, {}};
+    Sample op{logits.rows(0, n_sample), sample_rows_.data(), out_tokens_.rows(0, n_sample), {}, {}, {}, sample_scratch_};
     if (b.sampled_logprobs) op.logprobs = out_logprobs_.rows(0, n_sample);
     if (b.n_top > 0) {
       op.top_ids = make_tensor(top_ids_.data(), DType::i32, n_sample, b.n_top);

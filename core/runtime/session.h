@@ -35,7 +35,7 @@ class Session {
   struct Piece { int32_t entry, offset, n; };
   struct Output { int64_t row, batch_row; int32_t sample_entry; };  // sample_entry -1: not sampled
 
-  void check_batch(const prt_batch& batch) const;
+  void check_batch(const prt_batch& batch);
   void copy_pages(const Growth& growth);
   Rows fill_rows(const prt_batch& batch, std::vector<Piece>& pieces);
   void run_outputs(const prt_batch& batch, const std::vector<Output>& outputs, const std::vector<int64_t>& logits_row);
@@ -53,8 +53,9 @@ class Session {
   KvCache kv_;
   Activations act_;
   Tensor tokens_, cos_sin_, slots_, q_begin_, kv_len_, page_table_, decode_q_begin_;
-  Tensor out_x_, out_h_, logits_, out_targets_, out_logprobs_, out_tokens_;
+  Tensor out_x_, out_h_, logits_, out_targets_, out_logprobs_, out_tokens_, sample_scratch_;
   // Of the batch in hand; members so that a step allocates nothing once they have grown.
+  std::vector<int64_t> seen_;
   std::vector<int64_t> entry_begin_;  // [n_seq + 1]
   std::vector<int64_t> logits_row_;   // [n_tok] where a row's logits go, if they are wanted
   std::vector<Piece> pieces_;
