@@ -1,6 +1,9 @@
 // The C interface: handles, and guard(), where every exception ends.
 #include <memory>
 #include <new>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include "base/abi.h"
 #include "base/log.h"
@@ -199,6 +202,9 @@ prt_status prt_model_finalize(prt_model* model) {
     const std::string missing = m.weights.missing();
     if (!missing.empty()) fail(PRT_BAD_STATE, "the model lacks tensors: ", missing);
     m.finalized = true;
+#if defined(__GLIBC__)
+    malloc_trim(0);  // what loading has freed goes back to the system: 8 MB after dequantising a 135M model
+#endif
   });
 }
 

@@ -55,9 +55,11 @@ def lib() -> Any:
     return library
 
 
-@_abi.prt_log_fn
-def _log(_user: Any, level: int, text: bytes) -> None:
+def _print_log(_user: Any, level: int, text: bytes) -> None:
     print(f"pyruntime {env.LOG_LEVELS[level - 1]}: {text.decode('utf-8', 'replace')}", file=sys.stderr)
+
+
+_log = _abi.prt_log_fn(_print_log)  # kept alive with the module
 
 
 def check(status: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import InvalidArgumentError
 from .model import Model
-from .session import Entry
+from .session import Entry, Int32Array
 
 
 def bench(model: Model, *, n_prompt: int, n_gen: int, depth: int, batch: int, repetitions: int) -> list[dict[str, Any]]:
@@ -28,7 +28,10 @@ def bench(model: Model, *, n_prompt: int, n_gen: int, depth: int, batch: int, re
         raise InvalidArgumentError(f"-d {depth} with -p {n_prompt} and -n {n_gen} does not fit max_context {model.max_context}")
     session = model._open_session()
     rng = np.random.default_rng(0)
-    draw = lambda n: rng.integers(0, model.config.n_vocab, n, dtype=np.int32)  # noqa: E731
+
+    def draw(n: int) -> Int32Array:
+        return rng.integers(0, model.config.n_vocab, n).astype(np.int32)
+
     seqs = [session.create_sequence() for _ in range(batch)]
     rows = []
     try:

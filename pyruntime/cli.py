@@ -166,12 +166,15 @@ def _run(arguments: argparse.Namespace) -> int:
     with _open(arguments) as model:
         messages = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
         messages.append({"role": "user", "content": prompt})
-        start = (lambda **o: model.chat(messages, **o)) if arguments.chat else (lambda **o: model.generate(prompt, **o))
+
+        def start(**how: Any) -> Any:
+            return model.chat(messages, **how, **options) if arguments.chat else model.generate(prompt, **how, **options)
+
         if arguments.json:
-            completion = start(**options)
+            completion = start()
             print(json.dumps(asdict(completion), ensure_ascii=False))
             return 0
-        stream = start(stream=True, **options)
+        stream = start(stream=True)
         code = 0
         try:
             for piece in stream:

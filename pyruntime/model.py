@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -146,7 +147,9 @@ class Model:
         params = SamplingParams.from_options(self.generation_config, options)
         for token in (*params.stop_token_ids, *params.logit_bias):
             if token >= self.config.n_vocab:
-                raise InvalidArgumentError(f"token {token} in stop_token_ids or logit_bias is outside the vocabulary of {self.config.n_vocab}")
+                raise InvalidArgumentError(
+                    f"stop_token_ids or logit_bias names token {token}, which is outside the vocabulary of {self.config.n_vocab}"
+                )
         if (params.logprobs or 0) > self.config.n_vocab:
             raise InvalidArgumentError(f"logprobs is {params.logprobs}, more than the vocabulary of {self.config.n_vocab}")
         if is_list and stream:
@@ -173,7 +176,7 @@ class Model:
     def logits(self, ids: Sequence[int]) -> FloatArray:
         """Next-token logits after every token: float32 [n_tokens, n_vocab]."""
         tokens = self._fitting(self._checked(ids, "ids"))
-        result = self._step(tokens, logits="all").logits
+        result: FloatArray | None = self._step(tokens, logits="all").logits
         assert result is not None
         return result
 
@@ -346,7 +349,11 @@ def _template_opener(checkpoint: Checkpoint) -> Callable[[], ChatTemplate]:
     if checkpoint.kind == "gguf":
         meta = checkpoint.gguf_tokenizer
         assert meta is not None
-        return lambda: ChatTemplate.from_gguf(meta, source=str(checkpoint.path))
+        # The template needs the names of four tokens; the rest of the vocabulary is 15 MB of strings that would live as long as the model.
+        named = {meta.bos_id, meta.eos_id, meta.unk_id, meta.pad_id}
+        names = [text if i in named else "" for i, text in enumerate(meta.tokens)]
+        small = replace(meta, tokens=names, merges=[], token_types=[], scores=None)
+        return lambda: ChatTemplate.from_gguf(small, source=str(checkpoint.path))
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     return lambda: ChatTemplate.from_folder(folder)
 

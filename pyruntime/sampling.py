@@ -110,4 +110,5 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     ok = not isinstance(value, bool) and isinstance(value, (int, float)) and low <= value <= high
     if not ok or (open_low and value == low):
-        raise InvalidArgumentError(f"{name} is {value!r}, expected a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}")
+        expected = f"above {low:g} and up to {high:g}" if open_low else f"from {low:g} to {high:g}"
+        raise InvalidArgumentError(f"{name} is {value!r}, expected a number {expected}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from ._lib import check, lib
 from .errors import AbortedError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from .checkpoint import ArrayTensor
     from .config import ModelConfig
+    from .gguf import ArrayTensor
     from .safetensors import FileTensor
     from .sampling import SamplingParams
 
@@ -31,7 +32,7 @@ _ROPE_KINDS = {
     "llama3": _abi.PRT_ROPE_LLAMA3,
     "yarn": _abi.PRT_ROPE_YARN,
 }
-_PIECE_BYTES = 16 << 20  # dequantised rows in memory at once
+_PIECE_BYTES = 4 << 20  # dequantised rows in memory at once, per thread
 
 Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
@@ -52,8 +53,10 @@ class _Handle:
             getattr(lib(), self._release)(handle)
 
     def __del__(self) -> None:
-        if getattr(self, "handle", None):
+        try:
             self.close()
+        except Exception:  # at interpreter exit the library may be gone already; the process frees everything anyway
+            return
 
 
 def core_config(config: ModelConfig, dtype: str) -> _abi.prt_model_config:
@@ -120,7 +123,9 @@ class Weights(_Handle):
 
     def _load(self, name: str, tensor: FileTensor | ArrayTensor) -> None:
         shape = (ctypes.c_int64 * len(tensor.shape))(*tensor.shape)
-        if hasattr(tensor, "offset"):
+        from .safetensors import FileTensor
+
+        if isinstance(tensor, FileTensor):
             check(
                 lib().prt_model_load_file(
                     self.handle, name.encode(), str(tensor.path).encode(), tensor.offset, _FILE_DTYPES[tensor.dtype], shape, len(shape)
@@ -222,7 +227,12 @@ class Session(_Handle):
         self._lock = threading.Lock()  # held by every call: nothing runs on a session that close() has released
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        self._callbacks = (_abi.prt_abort_fn(self._poll), _abi.prt_progress_fn(self._progress))  # kept alive with the session
+        # Kept alive with the session, and not keeping it alive: a dropped session is freed at once, not when the collector runs.
+        this = weakref.proxy(self)
+        self._callbacks = (
+            _abi.prt_abort_fn(lambda user: this._poll(user)),
+            _abi.prt_progress_fn(lambda user, done, total: this._progress(user, done, total)),
+        )
         config = _abi.prt_session_config(
             max_context=max_context,
             n_page=n_page,
@@ -240,24 +250,31 @@ class Session(_Handle):
         with self._lock:
             super().close()
 
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        with self._lock:
+            if not self.handle:
+                raise InvalidArgumentError("the session is closed")
+            yield
+
     # -- sequences
 
     def create_sequence(self) -> int:
-        with self._lock:
+        with self._open():
             return self._number(lib().prt_sequence_create)
 
     def fork(self, seq: int) -> int:
         """A new sequence that shares the pages of `seq` until one of them writes."""
-        with self._lock:
+        with self._open():
             return self._number(lib().prt_sequence_fork, seq)
 
     def truncate(self, seq: int, n_token: int) -> None:
         """Forgets all tokens of `seq` after the first `n_token`."""
-        with self._lock:
+        with self._open():
             check(lib().prt_sequence_truncate(self.handle, seq, n_token))
 
     def length(self, seq: int) -> int:
-        with self._lock:
+        with self._open():
             return self._number(lib().prt_sequence_length, seq)
 
     def free_sequence(self, seq: int) -> None:
@@ -314,7 +331,7 @@ class Session(_Handle):
                 result.top_ids = np.empty((n_seq, n_top), dtype=np.int32)
                 result.top_logprobs = np.empty((n_seq, n_top), dtype=np.float32)
                 batch.n_top, batch.top_ids, batch.top_logprobs = n_top, _pointer(result.top_ids), _pointer(result.top_logprobs)
-        with self._lock:
+        with self._open():
             with self._interruptible():
                 status = lib().prt_session_step(self.handle, ctypes.byref(batch))
             error, self._error = self._error, None
@@ -337,7 +354,7 @@ class Session(_Handle):
     def stats(self) -> dict[str, int | float]:
         """Counters and sizes, see prt_session_stats in pyruntime.h."""
         stats = _abi.prt_session_stats()
-        with self._lock:
+        with self._open():
             check(lib().prt_session_get_stats(self.handle, ctypes.byref(stats)))
         return {name: getattr(stats, name) for name, *_ in stats._fields_ if name != "struct_size"}
 

@@ -24,9 +24,9 @@ class Sizes:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, tuple):  # of attention entries; many equal ones are written as a count
+    if isinstance(value, tuple):  # of attention entries
         text = [f"{n}:{kv}" for n, kv in value]
-        return f"{len(text)}x({text[0]})" if len(text) > 4 and len(set(text)) == 1 else ",".join(text[:6]) + ("..." if len(text) > 6 else "")
+        return ",".join(text[:6]) + (f"...{len(text)}" if len(text) > 6 else "")
     return str(value)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def run(
     _lib.check(_lib.lib().prt_op_run(b"cpu", op.encode(), pointers, len(made), values, len(values), threads, name))
 
 
-@lru_cache(maxsize=None)
+@cache
 def isa_missing(isa: str) -> str:
     """Why this machine cannot run an instruction set; "" if it can."""
     x = np.ones((1, 1), np.float32)

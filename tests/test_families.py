@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from goldens.cases import CASES
 from goldens.weights import make_weights, round_to_bf16, write_hf_folder
-from pyruntime.session import Entry, Session
 from reference import forward
 from tiny import GOLDENS, all_logits, golden_weights
+
+from pyruntime.session import Entry, Session
 
 DIALECTS = ["config.json", "config_v5.json"]
 FEW = ["llama3", "llama_bias", "llama_head80", "mistral_window", "qwen2", "qwen3", "smollm2"]

@@ -80,7 +80,8 @@ def assert_close(got: Array, want: Any, tolerance: Any) -> None:
     if bad.any():
         at = tuple(int(i[0]) for i in np.nonzero(bad))
         limit = np.broadcast_to(tolerance, error.shape)[at]
-        raise AssertionError(f"{bad.sum()} of {bad.size} wrong; at {at}: {value(got)[at]} for {want[at]}, off by {error[at]}, allowed {limit}")
+        one = f"at {at}: {value(got)[at]} for {want[at]}, off by {error[at]}, allowed {limit}"
+        raise AssertionError(f"{bad.sum()} of {bad.size} wrong; {one}")
 
 
 # ---------------------------------------------------------------- operands, formulas, tolerances
@@ -96,8 +97,8 @@ def embedding(c: cases.Embedding, dtype: str, isa: str) -> Call:
 
 
 def rms_roundings(d: int, isa: str) -> float:
-    """Relative error of a normalised value, in u. The mean of squares is a sum: a lane's share, the lanes pairwise, the tail one by one, each
-    product once; then / d and + eps. The root halves that; root, reciprocal and two products follow."""
+    """Relative error of a normalised value, in u. The mean of squares is a sum: a lane's share, the lanes pairwise, the tail one by one,
+    each product once; then / d and + eps. The root halves that; root, reciprocal and two products follow."""
     width = ops.WIDTH[isa]
     return (d // width + math.log2(width) + width + 3) / 2 + 4
 
@@ -192,8 +193,8 @@ def rope_kv_write(c: cases.RopeKvWrite, dtype: str, isa: str) -> Call:
 
 
 def make_pages(c: cases.Attention, dtype: str, rng: np.random.Generator) -> tuple[Array, Array, Array, list[Array], list[Array]]:
-    """k_pages, v_pages, page_table, and the keys and values of each entry. What no query row may see is NaN: rows past kv_len, unused pages,
-    and pages that lie before every window. The unused part of the page table holds ids that do not exist."""
+    """k_pages, v_pages, page_table, and the keys and values of each entry. What no query row may see is NaN: rows past kv_len, unused
+    pages, and pages that lie before every window. The unused part of the page table holds ids that do not exist."""
     need = [math.ceil(kv / cases.PAGE) for _, kv in c.entries]
     n_page = sum(need) + 2
     k_pages, v_pages = (ops.nans((n_page, c.h_kv, cases.PAGE, c.d_head), dtype) for _ in "kv")

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from goldens.weights import write_hf_folder
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from tiny import GOLDENS, all_logits, golden_weights
 
-from goldens.weights import write_hf_folder
 from pyruntime.errors import InvalidArgumentError, OutOfPagesError
 from pyruntime.session import Entry, Session, Weights
-from tiny import GOLDENS, all_logits, golden_weights
 
 PAGE, N_PAGE, MAX_CONTEXT, N_VOCAB = 64, 9, 256, 96
 CASE = "mistral_window"  # its window, 48, is shorter than a page: old pages must still be counted, and never be read

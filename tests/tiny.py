@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from goldens.weights import StorageDtype, write_hf_folder
+
 from pyruntime.checkpoint import open_checkpoint
 from pyruntime.session import Entry, Session, Weights
 
@@ -56,7 +56,8 @@ def write_tiny_model(folder: Path, *, dtype: StorageDtype = "bf16", shards: int 
     (folder / "config.json").write_text(json.dumps(values))
     tokens = ["<unk>", "<s>", "<|im_end|>", "<|im_start|>", *dict.fromkeys(_LETTERS + _EMOJI_LETTERS)]
     assert len(tokens) <= 96, len(tokens)
-    special = [{"id": i, "content": t, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False} for i, t in enumerate(tokens[:4])]
+    plain = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special = [{"id": i, "content": text, **plain} for i, text in enumerate(tokens[:4])]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     (folder / "tokenizer.json").write_text(
         json.dumps({
@@ -65,5 +66,6 @@ def write_tiny_model(folder: Path, *, dtype: StorageDtype = "bf16", shards: int 
             "model": {"type": "BPE", "unk_token": "<unk>", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": []},
         })
     )  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE, "bos_token": "<s>", "eos_token": "<|im_end|>"}))
+    tokenizer_config = {"chat_template": CHAT_TEMPLATE, "bos_token": "<s>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     return folder
