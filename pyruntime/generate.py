@@ -80,13 +80,22 @@ class Request:
     """One prompt on its way through the loop."""
 
     def __init__(
-        self, prompt: Sequence[int], params: SamplingParams, tokenizer: Tokenizer, *, eos_ids: Sequence[int], n_vocab: int, max_context: int
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        *,
+        eos_ids: Sequence[int],
+        n_vocab: int,
+        max_context: int,
+        longest_context: int,
     ) -> None:
         self.prompt, self.params, self.tokenizer = prompt, params, tokenizer
         if len(prompt) >= max_context:
+            larger = f", or load the model with a larger max_context (up to {longest_context})" if max_context < longest_context else ""
             raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, max_context is {max_context} and at least one new token must fit: shorten the prompt "
-                "or load the model with a larger max_context"
+                f"the prompt has {len(prompt)} tokens, max_context is {max_context} and at least one new token must fit: "
+                f"shorten the prompt{larger}"
             )
         room = max_context - len(prompt)
         self.max_tokens = min(params.max_tokens or room, room)

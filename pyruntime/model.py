@@ -38,7 +38,7 @@ class Model:
     max_context: most tokens of one sequence, prompt included; None: the model's own, or what fits the memory with 1 GiB left.
     attention: decode attention policy; this version has "full".
     threads: CPU threads; None: PYRUNTIME_THREADS, else one per physical core.
-    progress: show download and loading on stderr.  offline: use only what is on disk.
+    progress: show download, loading and the reading of long prompts on stderr.  offline: use only what is on disk.
 
     Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, DeviceError, OutOfMemoryError, InvalidArgumentError.
     Use it as a context manager, or call close(), to free its memory at once. Any number of threads may call it.
@@ -90,6 +90,8 @@ class Model:
         self.max_context, n_page = self._size(max_context)
         self._session = Session(self._weights, max_context=self.max_context, n_page=n_page, threads=threads, cpu_isa=env.cpu_isa())
         self._budget = PageBudget(n_page)
+        if progress and sys.stderr.isatty():
+            self._session.on_progress = _prefill_line
 
     def _size(self, max_context: int | None) -> tuple[int, int]:
         """(max_context, pages of the pool) that fit the free memory with 1 GiB left."""
@@ -249,7 +251,15 @@ class Model:
             self._budget.give(pages)
 
     def _request(self, ids: list[int], params: SamplingParams) -> Request:
-        return Request(ids, params, self.tokenizer, eos_ids=self.eos_ids, n_vocab=self.config.n_vocab, max_context=self.max_context)
+        return Request(
+            ids,
+            params,
+            self.tokenizer,
+            eos_ids=self.eos_ids,
+            n_vocab=self.config.n_vocab,
+            max_context=self.max_context,
+            longest_context=self.config.context_length,
+        )
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
         ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked(prompt, "prompt")
@@ -362,3 +372,9 @@ def _progress_line(done: int, total: int) -> None:
     if sys.stderr.isatty() or done == total:
         end = "\n" if done == total else ""
         print(f"\rloading {done}/{total} tensors", end=end, file=sys.stderr, flush=True)
+
+
+def _prefill_line(done: int, total: int) -> None:
+    if total > 1024:
+        text = f"reading the prompt: {done}/{total} tokens" if done < total else ""
+        print(f"\r{text:50}\r" if done == total else f"\r{text}", end="", file=sys.stderr, flush=True)

@@ -70,9 +70,7 @@ def isa_missing(isa: str) -> str:
 
 
 SUPPORTED = tuple(isa for isa in ISAS if not isa_missing(isa))
-ISA_PARAMS = [
-    pytest.param(isa, marks=pytest.mark.skip(reason=f"{isa}: {isa_missing(isa)}") if isa_missing(isa) else ()) for isa in ISAS
-]
+ISA_PARAMS = [pytest.param(isa, marks=pytest.mark.skip(reason=f"{isa}: {isa_missing(isa)}") if isa_missing(isa) else ()) for isa in ISAS]
 
 
 def store(x: Array, dtype: str) -> Array:

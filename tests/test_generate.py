@@ -155,7 +155,7 @@ def test_logit_bias(smollm2: pyruntime.Model, alone: list[pyruntime.Completion])
 def test_repetition_penalties(smollm2: pyruntime.Model) -> None:
     """Enough of either penalty, and no token comes twice."""
     for options in ({"presence_penalty": 100.0}, {"frequency_penalty": 100.0}):
-        ids = smollm2.generate("1 1 1 1 1 1", temperature=0, max_tokens=12, **options).token_ids
+        ids = smollm2.generate("1 1 1 1 1 1", temperature=0, max_tokens=12, ignore_eos=True, **options).token_ids
         assert len(set(ids)) == 12
     one = smollm2.tokenize("1 1 1")[-1]
     assert one not in smollm2.generate("1 1 1 1 1 1", temperature=0, max_tokens=6, repetition_penalty=100.0).token_ids
@@ -259,11 +259,10 @@ def test_without_max_tokens_it_fills_the_context(tiny: pyruntime.Model) -> None:
 
 def test_a_stream_never_breaks_a_character(smollm2: pyruntime.Model) -> None:
     """A few-shot prompt makes the model go on with emoji and Chinese, each of them several tokens."""
-    for prompt, sign in (("🙂🎉🙂🎉🙂🎉🙂🎉🙂🎉🙂🎉", "🎉"), ("你好世界你好世界你好世界你好世界你好世界", "好")):
-        assert len(smollm2.tokenize(sign)) > 1
+    for prompt in ("🙂🎉🙂🎉🙂🎉🙂🎉🙂🎉🙂🎉", "你好世界，你好世界，你好世界，你好世界，你好"):
         stream = smollm2.generate(prompt, stream=True, temperature=0, max_tokens=24)
         pieces = list(stream)
-        assert sign in "".join(pieces), pieces
+        assert any(c > "\u2000" and len(smollm2.tokenize(c)) > 1 for c in "".join(pieces[:-1])), pieces
         assert not any("\ufffd" in piece for piece in pieces[:-1])
         assert "".join(pieces) == stream.completion.text == smollm2.detokenize(stream.completion.token_ids)
 
@@ -453,7 +452,8 @@ print("done", flush=True)
 
 def test_ctrl_c_leaves_the_model_usable(long_context: Path) -> None:
     """A real SIGINT during a long prefill, a stream and a perplexity; each is over within a second, and the model goes on."""
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(long_context)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", INTERRUPTED, str(long_context)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
     try:
         for what in ("prefill", "stream", "score"):

@@ -51,7 +51,7 @@ Session::Session(std::shared_ptr<const Model> model, const prt_session_config& c
          " MiB and the workspace ", workspace >> 20, " MiB; ", free >> 20, " MiB are free, which fits ", fits, " tokens");
   }
   kv_buffer_ = HostBuffer(kv, "the KV cache", false);
-  workspace_ = HostBuffer(workspace, "the workspace");
+  workspace_ = HostBuffer(workspace, "the workspace", false);
   Arena arena(workspace_.data());
   layout(arena);
   Arena pages(kv_buffer_.data());
