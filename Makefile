@@ -25,10 +25,10 @@ demo: $(VENV)/.installed
 	@echo "== SmolLM2-135M answers a question (the model is fetched the first time, 98 MB)"
 	$(BIN)/pyruntime run smollm2-135m --chat --temperature 0 --max-tokens 200 "Explain in three sentences why the sky is blue."
 
-# Not `python -m pytest`: that puts this folder on the path, and its pyruntime/ has no library in it.
+# From tests/, and not as `python -m pytest`: the pyruntime/ of this folder has no library in it and must not be found first.
 test: $(VENV)/.test
 	@echo "== running the tests"
-	$(BIN)/pytest -q $(PYTEST_ARGS)
+	cd tests && PATH="$(abspath $(BIN)):$$PATH" pytest -q $(PYTEST_ARGS)
 
 # mypy sees the package as it is installed, with models/ inside.
 lint: $(VENV)/.dev
@@ -50,16 +50,22 @@ format: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) build
 
+fail = { echo "error: $(1)" >&2; exit 1; }
+
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found. Install Python 3.10 or newer, or name yours: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is $$($(PYTHON) --version), 3.10 or newer is needed. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module. Install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || \
+	  $(call fail,$(PYTHON) was not found. Install Python 3.10 or newer or name yours: make PYTHON=/path/to/python3 $(MAKECMDGOALS))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  $(call fail,$(PYTHON) is $$($(PYTHON) --version) but 3.10 or newer is needed. Name another: make PYTHON=python3.12 $(MAKECMDGOALS))
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  $(call fail,$(PYTHON) has no venv module. Install it (Debian and Ubuntu: apt install python3-venv))
 	@echo "== making a virtual environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 
 # CMake and Ninja live in the environment too: with build isolation they would be fetched, and the build folder configured, each time.
 $(VENV)/.tools: $(BIN)/python pyproject.toml
-	@for c in "$${CXX:-c++}" g++ clang++; do if command -v $$c >/dev/null; then exit 0; fi; done; echo "error: no C++ compiler was found. Install GCC 11 or newer (Debian and Ubuntu: apt install g++), or name yours: make CXX=/path/to/compiler $(MAKECMDGOALS)" >&2; exit 1
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  $(call fail,no C++ compiler was found. Install GCC 11 or newer (Debian and Ubuntu: apt install g++) or set CXX to yours)
 	@echo "== fetching the build tools"
 	$(PIP) install 'scikit-build-core>=0.10' 'cmake>=3.22' ninja
 	@touch $@

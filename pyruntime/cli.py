@@ -22,9 +22,14 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 stopped by Ctrl-C."""
     parser = _parser()
-    # argparse gives up on an optional positional that comes after options ("run MODEL --chat PROMPT"): it lands in `rest`.
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and not rest[0].startswith("-") and getattr(arguments, "prompt", "") is None:
+    # argparse gives up on an optional positional that comes after options ("run MODEL --chat PROMPT"): it lands in `rest`. The "--" before
+    # a prompt that starts with a dash is handled here, because what argparse does with it then differs between Python versions.
+    words, tail = list(sys.argv[1:] if argv is None else argv), list[str]()
+    if words[:1] == ["run"] and words[-2:-1] == ["--"]:
+        words, tail = words[:-2], words[-1:]
+    arguments, rest = parser.parse_known_args(words)
+    rest += tail
+    if rest and getattr(arguments, "prompt", "") is None and (rest == tail or rest[0] == "-" or not rest[0].startswith("-")):
         arguments.prompt = rest.pop(0)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -156,7 +161,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if prompt in (None, "-"):
         if sys.stdin.isatty():
             raise InvalidArgumentError("no prompt: give it as an argument or on stdin")
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise InvalidArgumentError(f"stdin: is not UTF-8 text (byte {error.start})") from None
     if arguments.file:
         prompt = _read_text(arguments.file) + ("\n\n" + prompt if prompt else "")
     if arguments.system is not None and not arguments.chat:

@@ -60,11 +60,11 @@ class Model:
             raise InvalidArgumentError(f"attention is {attention!r}, expected 'full', the only policy of this version")
         if dtype not in ("auto", *DTYPES):
             raise InvalidArgumentError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, DTYPES))}")
-        for what, value in (("max_context", max_context), ("threads", threads)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InvalidArgumentError(f"{what} is {value!r}, expected a positive integer")
+        for what, value, most in (("max_context", max_context, 2**31 - 1), ("threads", threads, 1024)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+                raise InvalidArgumentError(f"{what} is {value!r}, expected an integer from 1 to {most}")
         self.device = _pick_device(device)
-        source = catalog.resolve(name if isinstance(name, (str, Path)) else os.fspath(name))
+        source = catalog.resolve(name if isinstance(name, (str, Path)) or not isinstance(name, os.PathLike) else os.fspath(name))
         if source.note:
             print(f"pyruntime: {source.note}", file=sys.stderr)
         self.name = source.name

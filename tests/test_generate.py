@@ -514,6 +514,8 @@ del stream, other
 
 def test_close_stops_a_generation_in_another_thread(long_context: Path) -> None:
     model = pyruntime.Model(long_context, threads=1)
+    running = threading.Event()
+    model._session.on_progress = lambda done, total: running.set()
     outcome: list[BaseException] = []
 
     def work() -> None:
@@ -524,7 +526,7 @@ def test_close_stops_a_generation_in_another_thread(long_context: Path) -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    time.sleep(0.4)
+    assert running.wait(20)
     model.close()
     thread.join(10)
     assert [type(e) for e in outcome] == [pyruntime.AbortedError]

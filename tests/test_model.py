@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from goldens.weights import round_to_bf16
 from reference import forward
 from tiny import log_softmax, write_tiny_model
 
@@ -64,18 +63,14 @@ def test_dtypes_agree(smollm2_gguf: Path, smollm2: pyruntime.Model, text: str) -
             assert model.dtype == dtype
             values[dtype] = model.perplexity(ids)
             if dtype == "f32":
-                check_against_reference(model, smollm2, ids[:24])
+                check_against_reference(model, ids[:16])
     for dtype in ("bf16", "f16"):
         assert values[dtype] == pytest.approx(values["f32"], rel=0.01), values
 
 
-def check_against_reference(f32: pyruntime.Model, bf16: pyruntime.Model, ids: list[int]) -> None:
-    """Logits of the real weights against the numpy reference in float64, both for f32 and for bf16 weights and activations.
-
-    f32: 30 layers of float32 rounding, bounded by four times the error of a plain numpy forward pass in float32.
-    bf16: the yardstick is a plain numpy runtime with bf16 weights and with bf16 inputs to every product; of half a million values the
-    mean error must be as small, the largest may be twice as large.
-    """
+def check_against_reference(model: pyruntime.Model, ids: list[int]) -> None:
+    """Logits of the real weights in f32 against the numpy reference in float64: 30 layers of float32 rounding may cost at most four times
+    what they cost a plain numpy forward pass in float32."""
     config = {
         "model_type": "llama", "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576,
         "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True,
@@ -85,31 +80,16 @@ def check_against_reference(f32: pyruntime.Model, bf16: pyruntime.Model, ids: li
         "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
     }  # fmt: skip
     weights = {}
-    with open_checkpoint(f32.path) as checkpoint:
+    with open_checkpoint(model.path) as checkpoint:
         for name, tensor in checkpoint.tensors.items():
             words = name.split(".")
             outer = {"embed": "model.embed_tokens", "norm": "model.norm"}
             long = f"model.layers.{words[1]}.{parts[words[2]]}" if words[0] == "layers" else outer[words[0]]
             weights[f"{long}.weight"] = tensor.read(0, tensor.shape[0])
-    rounded = {name: w if w.ndim == 1 else bf16_round(w) for name, w in weights.items()}
-    array = np.array(ids)
-    exact = forward(config, weights, array)
-    plain = np.abs(forward(config, weights, array, dtype=np.float32) - exact)
-    assert np.abs(f32.logits(ids) - exact).max() <= 4 * plain.max()
-    plain = np.abs(forward(config, rounded, array, dtype=np.float32, store=bf16_round) - exact)
-    error = np.abs(bf16.logits(ids) - exact)
-    assert error.mean() <= 1.3 * plain.mean() and error.max() <= 2 * plain.max()
-
-
-def bf16_round(x: np.ndarray) -> np.ndarray:
-    """round_to_bf16 without its flush of tiny values to zero, which real weights have."""
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(np.float32)
-
-
-def test_bf16_round_agrees_with_the_goldens() -> None:
-    x = np.linspace(-3, 3, 1001)
-    assert np.array_equal(bf16_round(x)[np.abs(x) > 1e-3], round_to_bf16(x)[np.abs(x) > 1e-3])
+    exact = forward(config, weights, np.array(ids))
+    plain = np.abs(forward(config, weights, np.array(ids), dtype=np.float32) - exact)
+    error = np.abs(model.logits(ids) - exact)
+    assert error.max() <= 4 * plain.max() and error.mean() <= 2 * plain.mean()
 
 
 # ---------------------------------------------------------------- text and scores
@@ -120,9 +100,10 @@ def test_tokens_round_trip(smollm2: pyruntime.Model, text: str) -> None:
         ids = smollm2.tokenize(sample, add_special_tokens=False)
         assert smollm2.detokenize(ids) == sample and all(0 <= i < smollm2.config.n_vocab for i in ids)
     assert smollm2.detokenize([1, 2], skip_special=False) == "<|im_start|><|im_end|>" and smollm2.detokenize([1, 2]) == ""
-    for bad, message in ((["x"], r"ids\[0\] is 'x'"), ([49152], r"ids\[0\] is 49152"), ("text", "ids is str"), ([True], r"ids\[0\] is True")):
+    bad: list[tuple[Any, str]] = [(["x"], r"ids\[0\] is 'x'"), ([49152], r"ids\[0\] is 49152"), ("text", "is str"), ([True], "is True")]
+    for ids, message in bad:
         with pytest.raises(InvalidArgumentError, match=message):
-            smollm2.detokenize(bad)  # type: ignore[arg-type]
+            smollm2.detokenize(ids)
     with pytest.raises(InvalidArgumentError, match="text must be a string, got int"):
         smollm2.tokenize(5)  # type: ignore[arg-type]
 
@@ -186,11 +167,11 @@ def test_max_context(tiny: Path) -> None:
         ({"attention": "magic"}, InvalidArgumentError, "attention is 'magic', expected 'full'"),
         ({"dtype": "int3"}, InvalidArgumentError, "dtype is 'int3', expected 'auto', 'f32', 'f16', 'bf16'"),
         ({"dtype": None}, InvalidArgumentError, "dtype is None"),
-        ({"max_context": 0}, InvalidArgumentError, "max_context is 0, expected a positive integer"),
+        ({"max_context": 0}, InvalidArgumentError, "max_context is 0, expected an integer from 1"),
         ({"max_context": "8k"}, InvalidArgumentError, "max_context is '8k'"),
         ({"threads": -1}, InvalidArgumentError, "threads is -1"),
         ({"threads": 2.0}, InvalidArgumentError, r"threads is 2\.0"),
-        ({"threads": 100_000}, InvalidArgumentError, "threads is 100000"),
+        ({"threads": 100_000}, InvalidArgumentError, "threads is 100000, expected an integer from 1 to 1024"),
         ({"threads": 2**40 + 1}, InvalidArgumentError, "threads is 1099511627777"),
         ({"device": "tpu"}, InvalidArgumentError, "device is 'tpu', expected 'auto', 'cpu', 'cuda' or 'cuda:N'"),
         ({"device": None}, InvalidArgumentError, "device is None"),

@@ -178,6 +178,20 @@ def test_operands_are_checked() -> None:
             run("sample", operands, [1, 0, 1, 0])
 
 
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ((math.nan, 0, 1, 0), "temperature is nan"), ((-1, 0, 1, 0), "temperature is -1"), ((1, 0, math.nan, 0), "top_p is nan"),
+        ((1, 0, 0, 0), "top_p is 0"), ((1, 0, 1.5, 0), "top_p is 1.5"), ((1, 0, 1, math.nan), "min_p is nan"), ((1, 0, 1, 2), "min_p is 2"),
+    ],
+)  # fmt: skip
+def test_parameters_are_checked(params: Params, says: str) -> None:
+    tokens = np.full(2, -9, np.int32)
+    with pytest.raises(InvalidArgumentError, match=says):
+        run("sample", [np.zeros((2, 50), np.float32), tokens, np.zeros(2, np.float32)], params)
+    assert tokens.tolist() == [-9, -9]
+
+
 # ---------------------------------------------------------------- prt_sampler
 
 

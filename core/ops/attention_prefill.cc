@@ -6,19 +6,20 @@
 namespace prt {
 
 void check_attention(const char* op, const Attention& a) {
-  check_shape(op, "k_pages", a.k_pages, a.k_pages.dtype, {-1, -1, kPageTokens, -1});
+  check_stored(op, "k_pages", a.k_pages, {-1, -1, kPageTokens, -1});
   const int64_t n_page = a.k_pages.shape[0], h_kv = a.k_pages.shape[1], d = a.k_pages.shape[3];
   check(d > 0 && d <= kMaxHead, op, ": d_head is ", d, ", expected 1..", kMaxHead);
   check_shape(op, "v_pages", a.v_pages, a.k_pages.dtype, {n_page, h_kv, kPageTokens, d});
   check_shape(op, "q", a.q, DType::f32, {-1, -1});
   const int64_t n_tok = a.q.shape[0], width = a.q.shape[1];
-  check(width % (d * h_kv) == 0, op, ": q has ", width, " columns, not a multiple of h_kv x d_head = ", h_kv, " x ", d);
+  check(h_kv > 0 && width > 0 && width % (d * h_kv) == 0, op, ": q has ", width, " columns, not a multiple of h_kv x d_head = ", h_kv, " x ", d);
   check_shape(op, "out", a.out, DType::f32, {n_tok, width});
   check_shape(op, "kv_len", a.kv_len, DType::i32, {-1});
   const int64_t n_entry = a.kv_len.shape[0];
   check_shape(op, "q_begin", a.q_begin, DType::i32, {n_entry + 1});
   check_shape(op, "page_table", a.page_table, DType::i32, {n_entry, -1});
   check(a.window >= 0, op, ": window is ", a.window, ", expected 0 (none) or a positive number of tokens");
+  check(a.scale > 0 && a.scale <= 1e30f, op, ": scale is ", a.scale, ", expected a positive number");
   const int32_t *begin = a.q_begin.as<int32_t>(), *kv_len = a.kv_len.as<int32_t>();
   check(begin[0] == 0 && begin[n_entry] == n_tok, op, ": q_begin runs from ", begin[0], " to ", begin[n_entry], ", expected 0 to ", n_tok);
   for (int64_t e = 0; e < n_entry; ++e) {

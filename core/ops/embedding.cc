@@ -6,7 +6,7 @@ namespace prt {
 void embedding(const Backend& backend, const Embedding& a) {
   const int64_t n_tok = a.tokens.shape[0], d_model = a.weight.shape[1];
   check_shape("embedding", "tokens", a.tokens, DType::i32, {-1});
-  check_shape("embedding", "weight", a.weight, a.weight.dtype, {-1, -1});
+  check_stored("embedding", "weight", a.weight, {-1, -1});
   check_shape("embedding", "out", a.out, DType::f32, {n_tok, d_model});
   for (int64_t t = 0; t < n_tok; ++t) {
     const int32_t id = a.tokens.as<int32_t>()[t];

@@ -6,15 +6,17 @@ namespace prt {
 void page_copy(const Backend&, const PageCopy& a) {
   check_shape("page_copy", "src", a.src, DType::i32, {-1});
   check_shape("page_copy", "dst", a.dst, DType::i32, {a.src.shape[0]});
-  for (const Tensor* pages : {&a.k_pages, &a.v_pages}) {
-    const int64_t bytes = pages->row_size() * dtype_size(pages->dtype);
-    for (int64_t i = 0; i < a.src.shape[0]; ++i) {
-      const int64_t src = a.src.as<int32_t>()[i], dst = a.dst.as<int32_t>()[i];
-      check(src >= 0 && src < pages->shape[0] && dst >= 0 && dst < pages->shape[0], "page_copy: page ", src, " -> ", dst,
-            " is outside the ", pages->shape[0], " pages");
-      std::memcpy(pages->as<char>() + dst * bytes, pages->as<char>() + src * bytes, static_cast<size_t>(bytes));
-    }
-  }
+  check_stored("page_copy", "k_pages", a.k_pages, {-1, -1, kPageTokens, -1});
+  const int64_t n_page = a.k_pages.shape[0], n = a.src.shape[0];
+  check_shape("page_copy", "v_pages", a.v_pages, a.k_pages.dtype, {n_page, a.k_pages.shape[1], kPageTokens, a.k_pages.shape[3]});
+  const int32_t *src = a.src.as<int32_t>(), *dst = a.dst.as<int32_t>();
+  for (int64_t i = 0; i < n; ++i)
+    check(src[i] >= 0 && src[i] < n_page && dst[i] >= 0 && dst[i] < n_page, "page_copy: page ", src[i], " -> ", dst[i], " is outside the ",
+          n_page, " pages");
+  const int64_t bytes = a.k_pages.row_size() * dtype_size(a.k_pages.dtype);
+  for (const Tensor* pages : {&a.k_pages, &a.v_pages})
+    for (int64_t i = 0; i < n; ++i)
+      std::memmove(pages->as<char>() + dst[i] * bytes, pages->as<char>() + src[i] * bytes, static_cast<size_t>(bytes));
 }
 
 }  // namespace prt

@@ -32,8 +32,12 @@ Tensor view(const prt_tensor* t, size_t i) {
   v.data = t->data;
   v.dtype = static_cast<DType>(t->dtype);
   v.n_dim = t->n_dim;
+  constexpr int64_t kMost = int64_t{1} << 44;  // elements; keeps every size below an overflow
+  int64_t size = 1;
   for (int k = 0; k < t->n_dim; ++k) {
     check(t->shape[k] >= 0 && t->shape[k] <= int64_t{1} << 40, "operand ", i, ": shape[", k, "] is ", t->shape[k]);
+    check(t->shape[k] <= kMost / size, "operand ", i, ": shape has more than ", kMost, " elements");
+    size *= std::max<int64_t>(1, t->shape[k]);
     v.shape[k] = t->shape[k];
   }
   v.row_stride = v.row_size();
@@ -43,8 +47,10 @@ Tensor view(const prt_tensor* t, size_t i) {
 }  // namespace
 
 void run_op(const Backend& b, const char* op, prt_tensor* const* operands, int32_t n_operand, const double* params, int32_t n_param) {
-  check(n_operand >= 0 && n_operand <= 16 && (n_operand == 0 || operands), "n_operand is ", n_operand, ", expected 0..16");
-  check(n_param >= 0 && n_param <= 16 && (n_param == 0 || params), "n_param is ", n_param, ", expected 0..16");
+  check(n_operand >= 0 && n_operand <= 16, "n_operand is ", n_operand, ", expected 0..16");
+  check(n_param >= 0 && n_param <= 16, "n_param is ", n_param, ", expected 0..16");
+  check(n_operand == 0 || operands, "operands is NULL");
+  check(n_param == 0 || params, "params is NULL");
   Call c{op, {}, std::vector<double>(params, params + n_param)};
   for (int32_t i = 0; i < n_operand; ++i) c.operands.push_back(view(operands[i], static_cast<size_t>(i)));
   const auto& t = c.operands;

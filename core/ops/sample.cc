@@ -6,6 +6,13 @@ namespace prt {
 void sample(const Backend& backend, const Sample& a) {
   check_shape("sample", "logits", a.logits, DType::f32, {-1, -1});
   const int64_t n_row = a.logits.shape[0], n_vocab = a.logits.shape[1];
+  check(n_vocab > 0, "sample: logits has no columns");
+  for (int64_t r = 0; r < n_row; ++r) {
+    const SampleRow& s = a.rows[r];
+    check(s.temperature >= 0 && s.temperature <= 1e6f, "sample: temperature is ", s.temperature, ", expected 0 (greedy) or more");
+    check(s.top_p > 0 && s.top_p <= 1, "sample: top_p is ", s.top_p, ", expected 0 < top_p <= 1");
+    check(s.min_p >= 0 && s.min_p <= 1, "sample: min_p is ", s.min_p, ", expected 0 <= min_p <= 1");
+  }
   check_shape("sample", "tokens", a.tokens, DType::i32, {n_row});
   if (a.logprobs) check_shape("sample", "logprobs", a.logprobs, DType::f32, {n_row});
   if (a.top_ids) {

@@ -115,8 +115,9 @@ int32_t sample_row(const float* logits, int64_t n, const SampleRow& row, Candida
   const float floor = row.min_p > 0 ? top + row.temperature * static_cast<float>(__builtin_log(static_cast<double>(row.min_p))) - 1e-3f
                                     : -__builtin_inff();
   const bool by_k = row.top_k > 0 && row.top_k < n;
-  const double total = by_k || row.top_p >= 1.0f ? 0 : sum_exp(logits, n, top, scale);
-  for (int64_t k = by_k ? row.top_k : 256;; k *= 8) {  // top_p rarely needs more than 256 tokens; widen until it is reached
+  const double total = by_k || row.min_p > 0 || row.top_p >= 1.0f ? 0 : sum_exp(logits, n, top, scale);
+  // top_p rarely needs more than 256 tokens; widen until it is reached. Not after min_p: top_p is a share of all that it left.
+  for (int64_t k = by_k ? row.top_k : row.min_p > 0 ? n : 256;; k *= 8) {
     k = min64(k, n);
     const int64_t m = select_top(logits, n, k, floor, c);
     bool enough = false;
