@@ -38,12 +38,12 @@ lint: $(VENV)/.dev
 	rm -rf build/typed && mkdir -p build/typed && cp -r pyruntime build/typed/ && cp -r models build/typed/pyruntime/
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 	$(BIN)/python core/generate_abi.py --check
-	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
+	$(BIN)/clang-format --dry-run -Werror --ferror-limit=10 $(C_SOURCES)
 
 format: $(VENV)/.dev
 	@echo "== formatting the sources"
 	$(BIN)/python core/generate_abi.py
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --fix --exit-zero --quiet .
 	$(BIN)/ruff format --exclude pyruntime/_abi.py $(PYTHON_FOLDERS)
 	$(BIN)/clang-format -i $(C_SOURCES)
 

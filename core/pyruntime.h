@@ -242,7 +242,8 @@ PRT_API void prt_sampler_release(prt_sampler *sampler);
  * rows (one token) mix freely, and a sequence appears at most once. n_tok is the sum of n_token. What comes out is chosen by
  * which pointers are not NULL. Results do not depend on what else is in the batch, on how a prompt is cut into steps, or on the
  * number of threads.
- * On any failure no sequence has changed. */
+ * On any failure no sequence has changed. (A shared page that the step had already copied stays copied, so that n_page_free may be one
+ * lower per sequence than before.) */
 typedef struct prt_batch {
   uint32_t struct_size;
   int32_t n_seq;

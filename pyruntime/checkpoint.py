@@ -220,13 +220,13 @@ _TOKEN_KEYS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Sampling defaults: key -> (lowest, highest). Integers where both bounds are.
 _GENERATION: Final[dict[str, tuple[float, float]]] = {
-    "temperature": (0.0, 1e3),
-    "top_p": (0.0, 1.0),
+    "temperature": (0.0, 100.0),
+    "top_p": (1e-6, 1.0),
     "top_k": (0, 1 << 31),
     "min_p": (0.0, 1.0),
-    "repetition_penalty": (1e-3, 1e3),
-    "presence_penalty": (-1e3, 1e3),
-    "frequency_penalty": (-1e3, 1e3),
+    "repetition_penalty": (1e-3, 100.0),
+    "presence_penalty": (-100.0, 100.0),
+    "frequency_penalty": (-100.0, 100.0),
     "max_new_tokens": (0, 1 << 31),
     "max_length": (0, 1 << 62),
 }

@@ -21,6 +21,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 stopped by Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? where it can't show a character
     parser = _parser()
     # argparse gives up on an optional positional that comes after options ("run MODEL --chat PROMPT"): it lands in `rest`. The "--" before
     # a prompt that starts with a dash is handled here, because what argparse does with it then differs between Python versions.
@@ -47,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away: not worth a traceback
         sys.stderr.close()
         return 0
+    except OSError as error:  # a full disk, say
+        print(f"pyruntime: error: {error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,7 +164,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     prompt = arguments.prompt
     if prompt in (None, "-"):
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise InvalidArgumentError("no prompt: give it as an argument or on stdin")
         try:
             prompt = sys.stdin.read()
@@ -180,18 +185,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
         if arguments.json:
             completion = start()
-            print(json.dumps(asdict(completion), ensure_ascii=False))
+            print(json.dumps(asdict(completion)))
             return 0
         stream = start(stream=True)
         code = 0
         try:
             for piece in stream:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                print(piece, end="", flush=True)
         except KeyboardInterrupt:
             code = 130
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        print(flush=True)
         if not arguments.quiet:
             done = stream.completion
             t, usage = done.timings, done.usage

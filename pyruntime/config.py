@@ -19,14 +19,14 @@ from .errors import ModelFileError, UnsupportedModelError
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 WeightType = Literal["bf16", "f16", "f32"]
 
-# Bounds of every number that a model file may state. They are far above any published model; their work is to keep
-# products of two of them inside 64 bits and to stop a lying file before anything is allocated.
+# Bounds of every number that a model file may state, the same as in core/model/config.cc. They are far above any
+# published model; their work is to keep products of two of them inside 64 bits and to stop a lying file before anything is allocated.
 MAX_LAYERS: Final = 1024
-MAX_HEADS: Final = 4096
-MAX_D_MODEL: Final = 1 << 20
-MAX_D_FF: Final = 1 << 22
+MAX_HEADS: Final = 1024
+MAX_D_MODEL: Final = 1 << 17
+MAX_D_FF: Final = 1 << 20
 MAX_VOCAB: Final = 1 << 24
-MAX_POSITION: Final = (1 << 31) - 1
+MAX_POSITION: Final = 1 << 24
 D_HEAD_RANGE: Final = (8, 256)
 
 

@@ -18,7 +18,7 @@ from ._lib import devices
 from .chat import ChatTemplate
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import ModelConfig
-from .errors import ContextLengthError, DeviceError, InvalidArgumentError, OutOfMemoryError, UnsupportedModelError
+from .errors import ContextLengthError, DeviceError, InvalidArgumentError, OutOfMemoryError, OutOfPagesError, UnsupportedModelError
 from .generate import Completion, PageBudget, Request, run
 from .sampling import SamplingParams
 from .session import DTYPES, Entry, FloatArray, Session, Weights
@@ -41,7 +41,8 @@ class Model:
     progress: show download, loading and the reading of long prompts on stderr.  offline: use only what is on disk.
 
     Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, DeviceError, OutOfMemoryError, InvalidArgumentError.
-    Use it as a context manager, or call close(), to free its memory at once. Any number of threads may call it.
+    Use it as a context manager, or call close(), to free its memory at once. Threads may share it: their steps
+    take turns, and a call reserves the pages it may come to need (8 sequences of full length fit, memory permitting; OutOfPagesError after).
     """
 
     def __init__(
@@ -240,7 +241,7 @@ class Model:
         session = self._open_session()
         pages = -(-len(tokens) // PAGE_TOKENS)
         if not self._budget.take(pages):
-            raise OutOfMemoryError(f"{pages} KV pages are needed, {self._budget.free} are not spoken for: wait until other calls are done")
+            raise OutOfPagesError(f"{pages} KV pages are needed, {self._budget.free} are not spoken for: wait until other calls are done")
         try:
             seq = session.create_sequence()
             try:

@@ -33,6 +33,7 @@ _ROPE_KINDS = {
     "yarn": _abi.PRT_ROPE_YARN,
 }
 _PIECE_BYTES = 4 << 20  # dequantised rows in memory at once, per thread
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGBREAK") if hasattr(signal, name)]
 
 Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
@@ -370,23 +371,34 @@ class Session(_Handle):
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """While C code runs, Ctrl-C only sets a flag that the abort callback sees: an exception could not cross it."""
-        main = threading.current_thread() is threading.main_thread()
-        if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            try:
-                yield
-            finally:
-                self._stop.clear()
-            return
+        """While C code runs, what a signal handler raises (Ctrl-C's KeyboardInterrupt, a SystemExit) can't cross it: it is kept, stops the
+        step through the abort callback, and is raised again afterwards."""
+        running = threading.current_thread() is threading.main_thread()
+        replaced: list[tuple[signal.Signals, Any, Any]] = []
 
-        def interrupted(_signum: int, _frame: Any) -> None:
-            self._error = KeyboardInterrupt()
+        def keep(handler: Callable[[int, Any], Any]) -> Callable[[int, Any], None]:
+            def run(number: int, frame: Any) -> None:
+                try:
+                    handler(number, frame)
+                except BaseException as error:
+                    if not running:
+                        raise
+                    self._error = error
 
-        signal.signal(signal.SIGINT, interrupted)
+            return run
+
         try:
+            for number in _SIGNALS if running else ():
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    replaced.append((number, handler, keep(handler)))
+                    signal.signal(number, replaced[-1][2])
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            running = False
+            for number, before, ours in replaced:
+                if signal.getsignal(number) is ours:  # else the handler itself has put another one in place
+                    signal.signal(number, before)
             self._stop.clear()
 
 

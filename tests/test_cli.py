@@ -305,3 +305,28 @@ def test_a_reader_that_goes_away(arguments: list[str], tiny: str) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60)
     os.close(write)
     assert done.stderr == b"" and done.returncode in (0, 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_output_that_cannot_be_written(tiny: str) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*COMMAND, "run", tiny, "Hi", "-q", "--max-tokens", "3"], stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode != 0 and b"Traceback" not in done.stderr and b"No space left" in done.stderr
+
+
+def test_a_terminal_that_is_not_utf8(tiny: str) -> None:
+    """Bytes that are no character in its encoding come out as ?, and JSON is ASCII anyway."""
+    code, out, err = shell("run", tiny, "Hi", "-q", "--seed", "1", "--max-tokens", "300", "--ignore-eos", PYTHONIOENCODING="ascii")
+    assert (code, err) == (0, "") and out.isascii()
+    code, out, err = shell("run", tiny, "Hi", "-q", "--json", "--seed", "1", "--max-tokens", "300", PYTHONIOENCODING="ascii")
+    assert (code, err) == (0, "") and json.loads(out)["seed"] == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_closed_standard_streams(tiny: str) -> None:
+    run = " ".join([*COMMAND, "run", tiny, "-q", "--max-tokens", "3"])
+    done = subprocess.run(f"{run} <&-", shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "no prompt")
+    done = subprocess.run(f"{run} Hi >&-", shell=True, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -469,6 +469,32 @@ def test_ctrl_c_leaves_the_model_usable(long_context: Path) -> None:
     assert process.stderr.read() == ""
 
 
+def test_a_handler_of_ones_own(long_context: Path) -> None:
+    """What the program's own signal handler raises stops the step and arrives; the handler is in place again afterwards."""
+    code = """
+import os, signal, sys, threading, pyruntime
+class Enough(Exception):
+    pass
+def handler(number, frame):
+    raise Enough
+for name in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(name, handler)
+model = pyruntime.Model(sys.argv[1], threads=1)
+for name in (signal.SIGTERM, signal.SIGINT):
+    threading.Timer(0.5, os.kill, (os.getpid(), name)).start()
+    try:
+        model.generate([5] * 300_000, max_tokens=5)
+    except Enough:
+        print("enough")
+    assert signal.getsignal(name) is handler
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+model.generate([5] * 300_000, max_tokens=5)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(long_context)], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("enough\nenough\n", "", 3)
+
+
 @pytest.mark.parametrize("phase", ["prefill", "stream"])
 def test_ctrl_c_on_the_command_line(long_context: Path, tmp_path: Path, phase: str) -> None:
     """Exit code 130, what was made stays on stdout, and no traceback."""
