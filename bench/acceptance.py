@@ -81,7 +81,9 @@ def main() -> int:
         done = run("perplexity", str(models[name]), "--file", str(arguments.text), "--tokens", str(tokens), "--json")
         value = json.loads(done.stdout)["perplexity"] if done.returncode == 0 else done.stderr.strip()
         ok = isinstance(value, float) and abs(value / expected - 1) <= TOLERANCE
-        report.add(f"perplexity of {name}, {tokens} tokens", ok, round(value, 4) if isinstance(value, float) else value, f"{expected} +- 0.5 %")
+        report.add(
+            f"perplexity of {name}, {tokens} tokens", ok, round(value, 4) if isinstance(value, float) else value, f"{expected} +- 0.5 %"
+        )
 
     python = sys.executable
     base = fastest([python, "-c", "pass"])

@@ -12,8 +12,13 @@
 
 using namespace prt;
 
-struct prt_model { std::shared_ptr<Model> model; };
-struct prt_session { std::shared_ptr<const Model> model; Session session; };
+struct prt_model {
+  std::shared_ptr<Model> model;
+};
+struct prt_session {
+  std::shared_ptr<const Model> model;
+  Session session;
+};
 
 #ifndef PRT_BUILD_INFO
 #define PRT_BUILD_INFO ""
@@ -273,9 +278,13 @@ prt_status prt_sampler_sample(prt_sampler* sampler, const float* logits, int32_t
     const SampleRow params = s.row();
     ThreadPool alone(1);
     std::vector<float> scratch(static_cast<size_t>(sample_scratch_floats(n_vocab)));
-    sample(cpu_backend(alone, isa_best()),
-           {make_tensor(row.data(), DType::f32, 1, n_vocab), &params, make_tensor(token, DType::i32, 1),
-            logprob ? make_tensor(logprob, DType::f32, 1) : Tensor{}, {}, {}, make_tensor(scratch.data(), DType::f32, 1, scratch.size())});
+    sample(cpu_backend(alone, isa_best()), {make_tensor(row.data(), DType::f32, 1, n_vocab),
+                                            &params,
+                                            make_tensor(token, DType::i32, 1),
+                                            logprob ? make_tensor(logprob, DType::f32, 1) : Tensor{},
+                                            {},
+                                            {},
+                                            make_tensor(scratch.data(), DType::f32, 1, scratch.size())});
     s.drawn(*token);
   });
 }
@@ -290,11 +299,20 @@ prt_status prt_session_step(prt_session* session, const prt_batch* batch) {
 }
 
 prt_status prt_session_get_stats(prt_session* session, prt_session_stats* stats) {
-  return with_session(session, [&](Session& s) { write_struct(stats, [&] { auto v = s.stats(); v.struct_size = sizeof v; return v; }(), "stats"); });
+  return with_session(session, [&](Session& s) {
+    write_struct(
+        stats,
+        [&] {
+          auto v = s.stats();
+          v.struct_size = sizeof v;
+          return v;
+        }(),
+        "stats");
+  });
 }
 
-prt_status prt_op_run(const char* device, const char* op, prt_tensor* const* operands, int32_t n_operand, const double* params, int32_t n_param,
-                      int32_t n_threads, const char* isa) {
+prt_status prt_op_run(const char* device, const char* op, prt_tensor* const* operands, int32_t n_operand, const double* params,
+                      int32_t n_param, int32_t n_threads, const char* isa) {
   return guard([&] {
     const std::string where = &deref(device, "device");
     if (where.rfind("cuda", 0) == 0) cuda_require(where);

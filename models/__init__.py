@@ -35,8 +35,7 @@ def find_family(values: Mapping[str, Any], where: str) -> Family:
         raise UnsupportedModelError(f"{where}: {named}; supported are {known}.")
     if model_type is not None and model_type != found[0].model_type:
         raise UnsupportedModelError(
-            f"{where}: 'model_type' is {show(model_type)}, expected {found[0].model_type!r} "
-            f"for {found[0].architecture}."
+            f"{where}: 'model_type' is {show(model_type)}, expected {found[0].model_type!r} for {found[0].architecture}."
         )
     return found[0]
 

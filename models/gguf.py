@@ -66,9 +66,7 @@ def read_config(file: GgufFile) -> tuple[Family, ModelConfig]:
     d_model = keys.integer("embedding_length", 1, MAX_D_MODEL)
     h_q = keys.integer("attention.head_count", 1, MAX_HEADS)
     if not keys.has("attention.key_length") and d_model % h_q:
-        raise ModelFileError(
-            f"{where}: embedding_length {d_model} is not a multiple of {h_q} heads and no key_length is given."
-        )
+        raise ModelFileError(f"{where}: embedding_length {d_model} is not a multiple of {h_q} heads and no key_length is given.")
     d_head = keys.integer("attention.key_length", 1, MAX_D_MODEL, default=d_model // h_q)
     keys.neutral("attention.value_length", d_head)
     keys.neutral("rope.dimension_count", d_head)
@@ -161,9 +159,7 @@ def _llama3_rope(file: GgufFile, theta: float, d_head: int) -> RopeConfig:
     """The config whose frequency divisors `rope_freqs.weight` holds: Llama 3's formula with (factor, 1, 4, 8192)."""
     tensor = file.tensors[ROPE_FREQS]
     if tensor.shape != (d_head // 2,):
-        raise ModelFileError(
-            f"{file.path}: tensor {ROPE_FREQS!r} has shape {list(tensor.shape)}, expected {[d_head // 2]}."
-        )
+        raise ModelFileError(f"{file.path}: tensor {ROPE_FREQS!r} has shape {list(tensor.shape)}, expected {[d_head // 2]}.")
     held: list[float] = ArrayTensor(tensor).read().tolist()
     if all(value == 1.0 for value in held):
         return RopeConfig("default", theta)

@@ -96,9 +96,7 @@ def read_decoder(
         raise ModelFileError(f"{keys.where}: the key 'num_key_value_heads' is missing.")
     d_model = keys.integer("hidden_size", 1, MAX_D_MODEL)
     if not keys.has("head_dim") and d_model % h_q:
-        raise ModelFileError(
-            f"{keys.where}: hidden_size {d_model} is not a multiple of {h_q} heads and 'head_dim' is missing."
-        )
+        raise ModelFileError(f"{keys.where}: hidden_size {d_model} is not a multiple of {h_q} heads and 'head_dim' is missing.")
     max_position = keys.integer("max_position_embeddings", 1, MAX_POSITION)
     rope = read_rope(keys, max_position)
     for key, allowed in NEUTRAL.items():
@@ -205,9 +203,7 @@ def read_rope_kind(keys: KeyReader, kind: str, theta: float, original: int, max_
             attention_factor=keys.number("attention_factor", 1e-3, 1e3, default=inferred),
             truncate=keys.boolean("truncate", True),
         )
-    raise UnsupportedModelError(
-        f"{keys.where}: the rope type is {show(kind)}; supported are default, linear, dynamic, llama3 and yarn."
-    )
+    raise UnsupportedModelError(f"{keys.where}: the rope type is {show(kind)}; supported are default, linear, dynamic, llama3 and yarn.")
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

@@ -10,9 +10,7 @@ from .huggingface import read_decoder
 def read_config(keys: KeyReader) -> ModelConfig:
     """`attention_bias` puts a bias on q, k, v and o, `mlp_bias` on gate, up and down. There are no windows."""
     bias = keys.boolean("attention_bias", False)
-    return read_decoder(
-        keys, "llama", "LlamaForCausalLM", qkv_bias=bias, o_bias=bias, mlp_bias=keys.boolean("mlp_bias", False)
-    )
+    return read_decoder(keys, "llama", "LlamaForCausalLM", qkv_bias=bias, o_bias=bias, mlp_bias=keys.boolean("mlp_bias", False))
 
 
 FAMILY = Family("llama", "LlamaForCausalLM", "llama", read_config, gguf_architecture="llama", gguf_permuted=True)

@@ -13,9 +13,7 @@ def read_config(keys: KeyReader) -> ModelConfig:
     if not keys.has("head_dim"):
         raise ModelFileError(f"{keys.where}: the key 'head_dim' is missing.")
     bias = keys.boolean("attention_bias", False)
-    return read_decoder(
-        keys, "qwen3", "Qwen3ForCausalLM", qkv_bias=bias, o_bias=bias, qk_norm=True, window=read_window(keys)
-    )
+    return read_decoder(keys, "qwen3", "Qwen3ForCausalLM", qkv_bias=bias, o_bias=bias, qk_norm=True, window=read_window(keys))
 
 
 FAMILY = Family("qwen3", "Qwen3ForCausalLM", "qwen3", read_config, gguf_architecture="qwen3", qk_norm=True)

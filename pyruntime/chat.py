@@ -43,9 +43,7 @@ _WIDTHS = ("center", "ljust", "rjust", "zfill", "expandtabs", "format_map", "tra
 class ChatTemplate:
     """A compiled template. Safe to use from several threads."""
 
-    def __init__(
-        self, source: str, special_tokens: Mapping[str, str] | None = None, *, origin: str = "template"
-    ) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None, *, origin: str = "template") -> None:
         """special_tokens: values of bos_token, eos_token, ... in the template
         origin: where it is from, for messages
 
@@ -405,9 +403,7 @@ def _environment() -> tuple[jinja2.Environment, _Budget]:
     env = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     env.filters = {name: limited(name, env.filters[name]) for name in _FILTERS}
     env.filters["tojson"] = limited("tojson", _to_json)
-    env.globals = {
-        name: env.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner") if name in env.globals
-    }
+    env.globals = {name: env.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner") if name in env.globals}
     env.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return env, budget
 

@@ -155,15 +155,11 @@ def _require_weights(folder: Path) -> None:
         return
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
         if (folder / name).exists():
-            raise ModelFileError(
-                f"{folder}: has only {name}, a pickle that can run any code; convert the weights to {SINGLE_NAME}."
-            )
+            raise ModelFileError(f"{folder}: has only {name}, a pickle that can run any code; convert the weights to {SINGLE_NAME}.")
     raise ModelFileError(f"{folder}: has no weights, expected {SINGLE_NAME} or {INDEX_NAME}.")
 
 
-def bind_tensors(
-    config: ModelConfig, tensor_name: Callable[[str], str], found: Mapping[str, Any], path: Path
-) -> dict[str, Any]:
+def bind_tensors(config: ModelConfig, tensor_name: Callable[[str], str], found: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Canonical name -> tensor of the file. A missing, extra or mis-shaped tensor is a ModelFileError with both shapes.
 
     tensor_name: canonical name -> the file's.  found: tensors of the file, with `shape` and `path`.
@@ -252,9 +248,7 @@ def _token_ids(values: Mapping[str, Any], key: str, n_vocab: int, path: Path) ->
     if key == "pad_token_id" and all(type(i) is int for i in ids):
         ids = [i for i in ids if 0 <= i < n_vocab]
     if len(ids) > 1024 or not all(type(i) is int and 0 <= i < n_vocab for i in ids):
-        raise ModelFileError(
-            f"{path}: {key!r} is {show(value)}, expected a token id from 0 to {n_vocab - 1} or a list of them."
-        )
+        raise ModelFileError(f"{path}: {key!r} is {show(value)}, expected a token id from 0 to {n_vocab - 1} or a list of them.")
     return tuple(ids)
 
 

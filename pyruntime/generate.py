@@ -168,7 +168,9 @@ class Request:
             stop_reason=self.stop_reason,
             seed=self.seed,
             usage=Usage(len(self.prompt), n),
-            timings=Timings(first, total, len(self.prompt) / first if first > 0 else 0.0, (n - 1) / decode if n > 1 and decode > 0 else 0.0),
+            timings=Timings(
+                first, total, len(self.prompt) / first if first > 0 else 0.0, (n - 1) / decode if n > 1 and decode > 0 else 0.0
+            ),
             logprobs=self.logprobs,
         )
 

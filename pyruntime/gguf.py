@@ -160,9 +160,7 @@ class _Cursor:
         begin = self.at
         if nbytes > self.end - begin:
             limit = "the end of the file" if self.end < MAX_HEADER else f"{MAX_HEADER:,} bytes of header"
-            raise ModelFileError(
-                f"{self.path}: {what} at byte {begin} needs {nbytes:,} bytes and reaches past {limit}."
-            )
+            raise ModelFileError(f"{self.path}: {what} at byte {begin} needs {nbytes:,} bytes and reaches past {limit}.")
         self.at = begin + nbytes
         return begin
 
@@ -276,9 +274,7 @@ def _read_tensor(cursor: _Cursor) -> GgufTensor:
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        raise UnsupportedModelError(
-            f"{where}: has type number {number}; supported are {', '.join(LOADABLE)}."
-        ) from None
+        raise UnsupportedModelError(f"{where}: has type number {number}; supported are {', '.join(LOADABLE)}.") from None
     if kind.name not in LOADABLE:
         raise UnsupportedModelError(f"{where}: has type {kind.name}; supported are {', '.join(LOADABLE)}.")
     block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -297,14 +293,11 @@ def _place(path: Path, entries: list[GgufTensor], data: int, alignment: int, siz
         if t.name in tensors:
             raise ModelFileError(f"{where}: occurs twice.")
         if t.offset % alignment or t.offset < end:
-            raise ModelFileError(
-                f"{where}: starts at byte {t.offset} of the data, expected a multiple of {alignment} from {end} on."
-            )
+            raise ModelFileError(f"{where}: starts at byte {t.offset} of the data, expected a multiple of {alignment} from {end} on.")
         end = t.offset + t.nbytes
         if data + end > size:
             raise ModelFileError(
-                f"{where}: {t.type_name} of shape {list(t.shape)} ends at byte {data + end:,}, "
-                f"but the file has {size:,} bytes."
+                f"{where}: {t.type_name} of shape {list(t.shape)} ends at byte {data + end:,}, but the file has {size:,} bytes."
             )
         tensors[t.name] = GgufTensor(t.name, t.type_name, t.shape, path, data + t.offset, t.row_bytes)
     return tensors

@@ -42,7 +42,7 @@ class Model:
 
     Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, DeviceError, OutOfMemoryError, InvalidArgumentError.
     Use it as a context manager, or call close(), to free its memory at once. Threads may share it: their steps
-    take turns, and a call reserves the pages it may come to need (8 sequences of full length fit, memory permitting; OutOfPagesError after).
+    take turns, and a call reserves the pages it may come to need (8 sequences of full length fit, memory permitting; then OutOfPagesError).
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class Model:
         wanted = -(-(max_context or c.context_length) // PAGE_TOKENS)
         if fit < wanted and (max_context is not None or fit == 0):
             raise OutOfMemoryError(
-                f"max_context {max_context or c.context_length} needs {wanted * page_bytes >> 20} MiB of KV cache; {free >> 20} MiB are free on "
-                f"{self.device}, 1024 of which are kept free: the largest max_context that fits is {fit * PAGE_TOKENS}"
+                f"max_context {max_context or c.context_length} needs {wanted * page_bytes >> 20} MiB of KV cache; {free >> 20} MiB are "
+                f"free on {self.device}, 1024 of which are kept free: the largest max_context that fits is {fit * PAGE_TOKENS}"
             )
         context = max_context or min(c.context_length, fit * PAGE_TOKENS)
         return context, min(fit, _POOL_SEQUENCES * -(-context // PAGE_TOKENS))

@@ -61,9 +61,7 @@ class FileTensor:
         if self.dtype == "BF16":
             return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
         if self.dtype not in LOADABLE:
-            raise UnsupportedModelError(
-                f"{self.path}: tensor {show(self.name)} has dtype {self.dtype}; supported are F32, F16 and BF16."
-            )
+            raise UnsupportedModelError(f"{self.path}: tensor {show(self.name)} has dtype {self.dtype}; supported are F32, F16 and BF16.")
         return np.frombuffer(raw, np.float16 if self.dtype == "F16" else np.float32).astype(np.float32).reshape(shape)
 
 
@@ -93,8 +91,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, FileTensor]:
     length = int.from_bytes(read_range(path, 0, 8), "little")
     if length > min(MAX_HEADER, size - 8):
         raise ModelFileError(
-            f"{path}: states a header of {length:,} bytes, expected at most {min(MAX_HEADER, size - 8):,} "
-            f"in a file of {size:,} bytes."
+            f"{path}: states a header of {length:,} bytes, expected at most {min(MAX_HEADER, size - 8):,} in a file of {size:,} bytes."
         )
     raw = read_range(path, 8, length)
     if not raw.startswith(b"{"):
@@ -134,19 +131,13 @@ def _read_entry(path: Path, name: str, entry: Any, data: int) -> FileTensor:
         raise ModelFileError(f"{where}: the dtype is {show(dtype)}, which safetensors does not define.")
     if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_count, shape)):
         raise ModelFileError(f"{where}: the shape is {show(shape)}, expected a list of at most 32 counts.")
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(map(_is_count, offsets))
-        or offsets[0] > offsets[1]
-    ):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)) or offsets[0] > offsets[1]:
         raise ModelFileError(f"{where}: data_offsets is {show(offsets)}, expected [begin, end].")
     nbytes = offsets[1] - offsets[0]
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != nbytes * 8:
         raise ModelFileError(
-            f"{where}: data_offsets {offsets} hold {nbytes} bytes, but {dtype} of shape {show(shape)} "
-            f"needs {show(bits // 8)}."
+            f"{where}: data_offsets {offsets} hold {nbytes} bytes, but {dtype} of shape {show(shape)} needs {show(bits // 8)}."
         )
     return FileTensor(name, dtype, tuple(shape), path, data + offsets[0], nbytes)
 
@@ -166,8 +157,7 @@ def read_index(path: Path) -> dict[str, FileTensor]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
             raise ModelFileError(
-                f"{path}: tensor {show(name)} is said to be in {show(shard)}, "
-                "expected the plain name of a .safetensors file."
+                f"{path}: tensor {show(name)} is said to be in {show(shard)}, expected the plain name of a .safetensors file."
             )
     tensors: dict[str, FileTensor] = {}
     for shard in sorted(set(weight_map.values())):

@@ -142,9 +142,7 @@ class Tokenizer:
             tk = _build_sentencepiece(meta, tokens, source)
             token_to_bytes, strip_space = _sentencepiece_bytes, meta.add_space_prefix is not False
         else:
-            raise UnsupportedModelError(
-                f"{source}: tokenizer model {meta.model!r} is not implemented (only 'gpt2' and 'llama' are)"
-            )
+            raise UnsupportedModelError(f"{source}: tokenizer model {meta.model!r} is not implemented (only 'gpt2' and 'llama' are)")
         special = {i for i, kind in enumerate(meta.token_types) if kind in (_CONTROL, _UNKNOWN)}
         _add_tokens(tk, [(tokens[i], True) for i in sorted(special)])
         _add_tokens(tk, [(tokens[i], False) for i, kind in enumerate(meta.token_types) if kind == _USER_DEFINED])
@@ -181,7 +179,7 @@ class Tokenizer:
             self._tk.encode_special_tokens = not parse_special
             ids: list[int] = self._tk.encode(text, add_special_tokens=False).ids
         if not parse_special:
-            leaked = self.special_ids.intersection(ids) - {self.unk_id}
+            leaked = {i for i in self.special_ids.intersection(ids) if i != self.unk_id}
             if leaked:  # a vocabulary in which ordinary merges spell a control token
                 raise InvalidArgumentError(
                     f"text contains {self._added_text[min(leaked)]!r}, which this tokenizer cannot encode as plain text"
@@ -385,9 +383,7 @@ def _build_byte_level(meta: GgufTokenizerMetadata, tokens: list[str], source: st
         )
     pre = _PRE_ALIASES.get(meta.pre, meta.pre)
     if pre not in _PRE_TOKENIZERS:
-        raise UnsupportedModelError(
-            f"{source}: pre-tokenizer {meta.pre!r} is not implemented (known: {', '.join(known)})"
-        )
+        raise UnsupportedModelError(f"{source}: pre-tokenizer {meta.pre!r} is not implemented (known: {', '.join(known)})")
     merges = []
     for i, merge in enumerate(meta.merges):
         left, _, right = merge.partition(" ")
@@ -396,19 +392,14 @@ def _build_byte_level(meta: GgufTokenizerMetadata, tokens: list[str], source: st
         merges.append((left, right))
     with _library_errors(source):
         # Llama 3 looks a whole word up first: some of its words cannot be reached by merges.
-        model = models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=pre == "llama-bpe"
-        )
+        model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=pre == "llama-bpe")
         tk = Tokenizer(model)
     if pre == "qwen2":
         tk.normalizer = normalizers.NFC()
     splits = [
-        pre_tokenizers.Split(Regex(_GPT2_SPLIT if split == "gpt-2" else split), behavior="isolated")
-        for split in _PRE_TOKENIZERS[pre]
+        pre_tokenizers.Split(Regex(_GPT2_SPLIT if split == "gpt-2" else split), behavior="isolated") for split in _PRE_TOKENIZERS[pre]
     ]
-    tk.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    tk.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tk.decoder = decoders.ByteLevel()
     return tk
 
@@ -427,11 +418,7 @@ def _build_sentencepiece(meta: GgufTokenizerMetadata, tokens: list[str], source:
     if len(longest) > _MAX_PIECE:
         raise ModelFileError(f"{source}: token {longest!r:.40} has {len(longest)} characters, at most {_MAX_PIECE}")
     # Control, byte and user-defined tokens are not made of smaller ones: nothing may merge into or out of them.
-    score = {
-        token: s
-        for token, s, kind in zip(tokens, meta.scores, meta.token_types, strict=True)
-        if kind in (_NORMAL, _UNUSED)
-    }
+    score = {token: s for token, s, kind in zip(tokens, meta.scores, meta.token_types, strict=True) if kind in (_NORMAL, _UNUSED)}
     merges = [
         (s, token[:at], token[at:])
         for token, s in score.items()

@@ -153,9 +153,7 @@ def test_refusal_of_the_template() -> None:
         ChatTemplate("{{ 1 + 'a' }}").render(HI)
 
 
-@pytest.mark.parametrize(
-    "source", ["{% if %}", "{{ x | nosuchfilter }}", "{{ " + "(" * 50_000, "{% for a in b %}" * 40]
-)
+@pytest.mark.parametrize("source", ["{% if %}", "{{ x | nosuchfilter }}", "{{ " + "(" * 50_000, "{% for a in b %}" * 40])
 def test_broken_source(source: str) -> None:
     with pytest.raises(UnsupportedModelError, match=r"^m\.jinja: chat template"):
         ChatTemplate(source, origin="m.jinja")

@@ -40,10 +40,7 @@ def tensors(n_layer: int = 2) -> dict[str, Any]:
     for i in range(n_layer):
         layer = f"model.layers.{i}."
         shapes |= {f"{layer}{norm}.weight": (32,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        shapes |= {
-            f"{layer}self_attn.{name}_proj.weight": (rows, 32)
-            for name, rows in (("q", 32), ("k", 16), ("v", 16), ("o", 32))
-        }
+        shapes |= {f"{layer}self_attn.{name}_proj.weight": (rows, 32) for name, rows in (("q", 32), ("k", 16), ("v", 16), ("o", 32))}
         shapes |= {f"{layer}mlp.{name}_proj.weight": (48, 32) for name in ("gate", "up")}
         shapes[f"{layer}mlp.down_proj.weight"] = (32, 48)
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
@@ -98,9 +95,7 @@ def test_generation_config_and_token_ids(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make(tmp_path / "m", generation=generation))
     assert checkpoint.generation_config == {"do_sample": True, "temperature": 0.6, "top_p": 1.0, "top_k": 40}
     assert (checkpoint.bos_id, checkpoint.eos_ids, checkpoint.pad_id) == (3, (4, 5), None)
-    checkpoint = open_checkpoint(
-        make(tmp_path / "m", generation={}, eos_token_id=[7, 8], bos_token_id=None, pad_token_id=16)
-    )
+    checkpoint = open_checkpoint(make(tmp_path / "m", generation={}, eos_token_id=[7, 8], bos_token_id=None, pad_token_id=16))
     assert (checkpoint.bos_id, checkpoint.eos_ids, checkpoint.pad_id) == (None, (7, 8), None)
 
 
@@ -135,9 +130,7 @@ def test_missing_extra_and_misshaped_tensors_are_named_with_shapes(tmp_path: Pat
     weights = tensors() | {name: np.zeros((32, 48), np.float32)}
     assert f"tensor '{name}' has shape [32, 48], expected [48, 32]" in refused(make(tmp_path / "m", weights))
     weights = tensors() | {"model.layers.1.mlp.up_proj.bias": np.zeros(48, np.float32)}
-    assert "tensor 'model.layers.1.mlp.up_proj.bias' of shape [48] is not part of" in refused(
-        make(tmp_path / "m", weights)
-    )
+    assert "tensor 'model.layers.1.mlp.up_proj.bias' of shape [48] is not part of" in refused(make(tmp_path / "m", weights))
     assert "tensor 'model.layers.2." in refused(make(tmp_path / "m", num_hidden_layers=3))
     assert "'model.layers.1." in refused(make(tmp_path / "m", num_hidden_layers=1))
     weights = tensors() | {name: np.zeros((48, 32), np.float64)}
@@ -150,9 +143,7 @@ def test_what_a_tied_model_and_old_files_may_carry_along(tmp_path: Path) -> None
     tied = open_checkpoint(make(tmp_path / "m", weights, tie_word_embeddings=True))
     assert "lm_head.weight" not in tied.tensors
     del weights["lm_head.weight"]
-    assert (
-        tied.tensors.keys() == open_checkpoint(make(tmp_path / "m", weights, tie_word_embeddings=True)).tensors.keys()
-    )
+    assert tied.tensors.keys() == open_checkpoint(make(tmp_path / "m", weights, tie_word_embeddings=True)).tensors.keys()
     assert "tensor 'lm_head.weight' of shape [16, 32] is missing" in refused(make(tmp_path / "m", weights))
 
 

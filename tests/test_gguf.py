@@ -29,9 +29,7 @@ def heads_of(name: str) -> int:
 
 def permute(w: Any, n_head: int) -> Any:
     """What llama.cpp's converter does to Llama's Q and K: halves to interleaved pairs."""
-    return (
-        w.reshape(n_head, 2, w.shape[0] // n_head // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape) if n_head else w
-    )
+    return w.reshape(n_head, 2, w.shape[0] // n_head // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape) if n_head else w
 
 
 def tiny(arch: str, *, bias: bool = False, qk_norm: bool = False, tied: bool = False) -> dict[str, Any]:
@@ -136,9 +134,7 @@ def assert_equal(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
         ("qwen3", False, True, False),
     ],
 )
-def test_families_come_back_in_hugging_face_order(
-    arch: str, bias: bool, qk_norm: bool, tied: bool, tmp_path: Path
-) -> None:
+def test_families_come_back_in_hugging_face_order(arch: str, bias: bool, qk_norm: bool, tied: bool, tmp_path: Path) -> None:
     tensors = tiny(arch, bias=bias, qk_norm=qk_norm, tied=tied)
     checkpoint = open_checkpoint(write(tmp_path / "m.gguf", tensors, arch))
     assert_equal(checkpoint, tensors)
@@ -215,9 +211,7 @@ def test_rope_scaling(tmp_path: Path) -> None:
     assert rope_of(tmp_path, rope__scaling__type="linear", rope__scaling__factor=4.0) == RopeConfig("linear", 1e4, 4.0)
     assert rope_of(tmp_path, rope__scaling__factor=4.0) == RopeConfig("linear", 1e4, 4.0)
     assert rope_of(tmp_path, rope__scaling__type="none") == RopeConfig("default", 1e4)
-    yarn = rope_of(
-        tmp_path, rope__scaling__type="yarn", rope__scaling__factor=4.0, rope__scaling__original_context_length=128
-    )
+    yarn = rope_of(tmp_path, rope__scaling__type="yarn", rope__scaling__factor=4.0, rope__scaling__original_context_length=128)
     assert replace(yarn, attention_factor=0.0) == RopeConfig("yarn", 1e4, 4.0, 128)
     assert yarn.attention_factor == pytest.approx(1.138629)
     for kind in ("longrope", "x"):
@@ -262,9 +256,7 @@ TOKENIZER: dict[str, Any] = {
 
 def test_tokenizer_metadata(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(
-        write(
-            tmp_path / "m.gguf", tiny("llama"), **TOKENIZER, _general__sampling__temp=0.5, _general__sampling__top_k=40
-        )
+        write(tmp_path / "m.gguf", tiny("llama"), **TOKENIZER, _general__sampling__temp=0.5, _general__sampling__top_k=40)
     )
     t = checkpoint.gguf_tokenizer
     assert t is not None
@@ -321,9 +313,7 @@ def test_bad_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -> 
 
 
 def test_other_architectures_and_tensors_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(
-        UnsupportedModelError, match=r"architecture is 'mamba'; supported in GGUF are llama, qwen2, qwen3"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"architecture is 'mamba'; supported in GGUF are llama, qwen2, qwen3"):
         open_checkpoint(write(tmp_path / "m.gguf", tiny("llama"), "mamba"))
     extra = {**tiny("llama"), "blk.0.ffn_gate_inp.weight": np.zeros((8, 256), np.float32)}
     with pytest.raises(ModelFileError, match=r"'blk.0.ffn_gate_inp.weight' of shape \[8, 256\] is not part of"):
@@ -366,9 +356,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "past the end": (header(1, 0, ENTRY + struct.pack("<QIQ", 32, 0, 2**63) + bytes(99)), "ends at byte"),
     "unaligned": (header(1, 0, ENTRY + struct.pack("<QIQ", 1, 0, 4) + bytes(99)), "starts at byte 4"),
     "overlap": (
-        header(
-            2, 0, ENTRY + struct.pack("<QIQ", 9, 0, 0) + string(b"u") + struct.pack("<IQIQ", 1, 9, 0, 32) + bytes(199)
-        ),
+        header(2, 0, ENTRY + struct.pack("<QIQ", 9, 0, 0) + string(b"u") + struct.pack("<IQIQ", 1, 9, 0, 32) + bytes(199)),
         "starts at byte 32",
     ),
     "same name": (header(2, 0, (ENTRY + struct.pack("<QIQ", 1, 0, 0)) * 2 + bytes(99)), "occurs twice"),
@@ -414,13 +402,10 @@ def test_the_header_equals_what_the_gguf_package_reads(smollm2_gguf: Path) -> No
     assert set(fields) == set(ours.metadata)
     for key, value in fields.items():
         mine = ours.metadata[key]
-        assert (
-            list(mine) if isinstance(value, list) else np.float32(mine) if isinstance(value, float) else mine
-        ) == value
-    assert {
-        t.name: (t.tensor_type.name, tuple(reversed(t.shape.tolist())), t.data_offset, t.n_bytes)
-        for t in theirs.tensors
-    } == {t.name: (t.type_name, t.shape, t.offset, t.nbytes) for t in ours.tensors.values()}
+        assert (list(mine) if isinstance(value, list) else np.float32(mine) if isinstance(value, float) else mine) == value
+    assert {t.name: (t.tensor_type.name, tuple(reversed(t.shape.tolist())), t.data_offset, t.n_bytes) for t in theirs.tensors} == {
+        t.name: (t.type_name, t.shape, t.offset, t.nbytes) for t in ours.tensors.values()
+    }
 
 
 def test_the_real_model_equals_its_hugging_face_form(smollm2_gguf: Path, smollm2_hf: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from goldens.cases import CASES
 from goldens.weights import StorageDtype, make_weights, round_to_bf16, storage_bytes
 from reference import forward
@@ -63,11 +62,7 @@ def top(**keys: Any) -> Callable[[Config], Config]:
 
 
 MISTAKES: list[tuple[str, str, Callable[[Config], Config]]] = [
-    *[
-        (case, "rope scaling ignored", top(rope_scaling=None))
-        for case, s in CASES.items()
-        if s.config.get("rope_scaling")
-    ],
+    *[(case, "rope scaling ignored", top(rope_scaling=None)) for case, s in CASES.items() if s.config.get("rope_scaling")],
     ("llama3", "default rope_theta", top(rope_theta=10000.0)),
     ("llama_mqa", "default epsilon", top(rms_norm_eps=1e-5)),
     ("mistral_window", "window ignored", top(sliding_window=None)),
@@ -87,9 +82,7 @@ MISTAKES: list[tuple[str, str, Callable[[Config], Config]]] = [
 UNSEEN = {"rope_dynamic_short"}  # the prompt is shorter than the trained length, so dynamic scaling must do nothing
 
 
-@pytest.mark.parametrize(
-    ("case", "mistake", "change"), MISTAKES, ids=[f"{c}-{m.replace(' ', '-')}" for c, m, _ in MISTAKES]
-)
+@pytest.mark.parametrize(("case", "mistake", "change"), MISTAKES, ids=[f"{c}-{m.replace(' ', '-')}" for c, m, _ in MISTAKES])
 def test_golden_notices(case: str, mistake: str, change: Callable[[Config], Config]) -> None:
     """A runtime that makes this mistake is off by far more than any rounding of bf16 activations."""
     config, ids, golden = load(case)

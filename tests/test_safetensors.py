@@ -131,9 +131,7 @@ def test_every_file_that_we_accept_is_accepted_by_the_package(tmp_path: Path) ->
             at += n
         names = list(tensors)
         rng.shuffle(names)
-        raw = file_bytes(
-            {n: tensors[n] for n in names}, bytes(max(at + rng.choice([0] * 8 + [1, -1]), 0)), rng.randrange(9)
-        )
+        raw = file_bytes({n: tensors[n] for n in names}, bytes(max(at + rng.choice([0] * 8 + [1, -1]), 0)), rng.randrange(9))
         theirs = oracle(raw)
         try:
             ours: dict[str, FileTensor] | None = read_header(write(tmp_path, raw))

@@ -66,19 +66,13 @@ def sentencepiece_meta(**changes: Any) -> GgufTokenizerMetadata:
 def reference(meta: GgufTokenizerMetadata) -> Library:
     """The same byte-level vocabulary in the library's own words, as published tokenizer.json files have it."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    library = Library(
-        models.BPE(vocab={t: i for i, t in enumerate(meta.tokens)}, merges=[tuple(m.split(" ")) for m in meta.merges])
-    )
+    library = Library(models.BPE(vocab={t: i for i, t in enumerate(meta.tokens)}, merges=[tuple(m.split(" ")) for m in meta.merges]))
     digits = pre_tokenizers.Digits(individual_digits=True)
     library.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if meta.pre == "smollm" else byte_level
     library.decoder = decoders.ByteLevel()
     for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
         library.add_tokens(
-            [
-                AddedToken(t, special=special, normalized=False)
-                for t, k in zip(meta.tokens, meta.token_types, strict=True)
-                if k == kind
-            ]
+            [AddedToken(t, special=special, normalized=False) for t, k in zip(meta.tokens, meta.token_types, strict=True) if k == kind]
         )
     return library
 

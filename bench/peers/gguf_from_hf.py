@@ -97,9 +97,7 @@ def write_gguf(folder: Path, out: Path) -> None:
             continue
         if ".q_proj." in name or ".k_proj." in name:
             bits = interleave_rope_rows(bits, h_q if ".q_proj." in name else h_kv)
-        writer.add_tensor(
-            gguf_name(name), np.ascontiguousarray(bits).view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16
-        )
+        writer.add_tensor(gguf_name(name), np.ascontiguousarray(bits).view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -190,10 +190,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(samples: Samples) -> list[dict[str, Any]]:
-    return [
-        {"test": test, "tok_s_mean": mean(x), "tok_s_sd": stdev(x) if len(x) > 1 else 0.0, "tok_s": x}
-        for test, x in samples.items()
-    ]
+    return [{"test": test, "tok_s_mean": mean(x), "tok_s_sd": stdev(x) if len(x) > 1 else 0.0, "tok_s": x} for test, x in samples.items()]
 
 
 def markdown(result: dict[str, Any]) -> str:

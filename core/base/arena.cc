@@ -41,8 +41,18 @@ constexpr int64_t kHugePage = int64_t{2} << 20;
 }  // namespace
 
 #if defined(_WIN32)
-int64_t host_memory_total() { MEMORYSTATUSEX m{}; m.dwLength = sizeof m; GlobalMemoryStatusEx(&m); return static_cast<int64_t>(m.ullTotalPhys); }
-int64_t host_memory_free() { MEMORYSTATUSEX m{}; m.dwLength = sizeof m; GlobalMemoryStatusEx(&m); return static_cast<int64_t>(m.ullAvailPhys); }
+int64_t host_memory_total() {
+  MEMORYSTATUSEX m{};
+  m.dwLength = sizeof m;
+  GlobalMemoryStatusEx(&m);
+  return static_cast<int64_t>(m.ullTotalPhys);
+}
+int64_t host_memory_free() {
+  MEMORYSTATUSEX m{};
+  m.dwLength = sizeof m;
+  GlobalMemoryStatusEx(&m);
+  return static_cast<int64_t>(m.ullAvailPhys);
+}
 #else
 int64_t host_memory_total() {
   int64_t total = meminfo("MemTotal");

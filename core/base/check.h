@@ -36,7 +36,8 @@ template <class... Args>
 // check(ok, "what", value, ...): the text is only built on failure.
 template <class... Args>
 inline void check(bool ok, const Args&... args) {
-  if (!ok) [[unlikely]] fail(PRT_INVALID_ARGUMENT, args...);
+  if (!ok) [[unlikely]]
+    fail(PRT_INVALID_ARGUMENT, args...);
 }
 
 }  // namespace prt

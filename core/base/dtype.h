@@ -30,8 +30,16 @@ inline DType float_dtype(int32_t value, const char* what) {
   return static_cast<DType>(value);
 }
 
-inline float bits_to_f32(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
-inline uint32_t f32_to_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
+inline float bits_to_f32(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+inline uint32_t f32_to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
 
 inline float bf16_to_f32(uint16_t h) { return bits_to_f32(uint32_t{h} << 16); }
 

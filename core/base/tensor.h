@@ -13,8 +13,14 @@ struct Tensor {
   int64_t shape[4] = {0, 0, 0, 0};
   int64_t row_stride = 0;  // elements from one index of dimension 0 to the next
 
-  template <class T> T* as() const { return static_cast<T*>(data); }
-  template <class T> T* row(int64_t i) const { return static_cast<T*>(data) + i * row_stride; }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+  template <class T>
+  T* row(int64_t i) const {
+    return static_cast<T*>(data) + i * row_stride;
+  }
   explicit operator bool() const { return data != nullptr; }
 
   int64_t row_size() const {  // elements in one index of dimension 0

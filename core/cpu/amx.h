@@ -34,7 +34,8 @@ PRT_INLINE void amx_pack(const float* x, int64_t ld, int64_t n, int64_t columns,
   for (int64_t k = 0; k < n_in; k += 32) {
     __m512i r[16];
     for (int64_t i = 0; i < 16; ++i)
-      r[i] = i < n ? (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i * ld + k + 16), _mm512_loadu_ps(x + i * ld + k)) : _mm512_setzero_si512();
+      r[i] = i < n ? (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i * ld + k + 16), _mm512_loadu_ps(x + i * ld + k))
+                   : _mm512_setzero_si512();
     transpose(r);
     for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(out + (k / 2 + i) * 32, r[i]);
   }

@@ -119,15 +119,19 @@ PRT_INLINE void load_queries(const Attention& a, const RowBlock& b, int64_t d, f
 }
 
 // The keys of chunk c that row i may see: [begin, end) in absolute positions.
-struct KeyRange { int64_t begin, end; };
+struct KeyRange {
+  int64_t begin, end;
+};
 PRT_INLINE KeyRange visible(const Attention& a, int64_t position) {
   return {a.window > 0 ? max64(0, position + 1 - a.window) : 0, position + 1};
 }
 
 template <class W>
-PRT_INLINE void load_page(const Attention& a, int64_t page, int64_t kv_head, int64_t n_key, int64_t d, int64_t d_pad, const AttendScratch& s) {
+PRT_INLINE void load_page(const Attention& a, int64_t page, int64_t kv_head, int64_t n_key, int64_t d, int64_t d_pad,
+                          const AttendScratch& s) {
   const int64_t at = (page * a.k_pages.shape[1] + kv_head) * kPageTokens * d;
-  const typename W::T *k = static_cast<const typename W::T*>(a.k_pages.data) + at, *v = static_cast<const typename W::T*>(a.v_pages.data) + at;
+  const typename W::T *k = static_cast<const typename W::T*>(a.k_pages.data) + at,
+                      *v = static_cast<const typename W::T*>(a.v_pages.data) + at;
   transpose_to_f32<W>(k, d, n_key, d, s.k, kPageTokens);
   for (int64_t r = 0; r < n_key; ++r) {
     float* out = s.v + r * d_pad;

@@ -105,7 +105,8 @@ PRT_INLINE void attend_chunk_amx(const Attention& a, const RowBlock& b, int64_t 
     pack_values(static_cast<const uint16_t*>(a.v_pages.data) + at, n_key, d, v);
     for (int64_t r = 0; r < b.n_row; r += 16) score_tiles(q + r * d, k, d, s.scores + r * kPageTokens);
     softmax_page(a, b, key, n_key, kPageTokens, a.scale, s.scores, into, d);
-    for (int64_t r = 0; r < b.n_row; ++r) to_bf16(s.scores + r * kPageTokens, reinterpret_cast<uint16_t*>(s.scores + r * kPageTokens), kPageTokens);
+    for (int64_t r = 0; r < b.n_row; ++r)
+      to_bf16(s.scores + r * kPageTokens, reinterpret_cast<uint16_t*>(s.scores + r * kPageTokens), kPageTokens);
     for (int64_t r = 0; r < b.n_row; r += 16) value_tiles(s.scores + r * kPageTokens, v, d, into.sum + r * d);
   });
   amx_end();

@@ -14,8 +14,16 @@ struct DotF32 {
   static constexpr int kStep = kWidth;
   PRT_INLINE vf load_x(const X* p) { return load(p); }
   PRT_INLINE vf load_w(const Weight* p) { return W::load(p); }
-  PRT_INLINE vf load_x_part(const X* p, int64_t n) { vf v{}; for (int64_t i = 0; i < n; ++i) v[i] = p[i]; return v; }
-  PRT_INLINE vf load_w_part(const Weight* p, int64_t n) { vf v{}; for (int64_t i = 0; i < n; ++i) v[i] = W::get(p[i]); return v; }
+  PRT_INLINE vf load_x_part(const X* p, int64_t n) {
+    vf v{};
+    for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+    return v;
+  }
+  PRT_INLINE vf load_w_part(const Weight* p, int64_t n) {
+    vf v{};
+    for (int64_t i = 0; i < n; ++i) v[i] = W::get(p[i]);
+    return v;
+  }
   PRT_INLINE vf dot(vf x, vf w, vf acc) { return fma(x, w, acc); }
 };
 
@@ -35,7 +43,8 @@ struct DotBf16 {
 // n values rounded to bf16, nearest even.
 PRT_INLINE void to_bf16(const float* x, uint16_t* out, int64_t n) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+  for (; i + 16 <= n; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
   for (; i < n; ++i) out[i] = Bf16::put(x[i]);
 }
 #endif

@@ -26,7 +26,11 @@ typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));
 #define PRT_INLINE static inline __attribute__((always_inline))
 
 PRT_INLINE vf splat(float x) { return vf{} + x; }
-PRT_INLINE vf load(const float* p) { vf v; __builtin_memcpy(&v, p, sizeof v); return v; }
+PRT_INLINE vf load(const float* p) {
+  vf v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
 PRT_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 
 PRT_INLINE vf fma(vf a, vf b, vf c) {
@@ -100,7 +104,12 @@ struct Bf16 {
     __builtin_memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
   }
-  PRT_INLINE float get(T x) { const uint32_t u = uint32_t{x} << 16; float f; __builtin_memcpy(&f, &u, 4); return f; }
+  PRT_INLINE float get(T x) {
+    const uint32_t u = uint32_t{x} << 16;
+    float f;
+    __builtin_memcpy(&f, &u, 4);
+    return f;
+  }
   PRT_INLINE T put(float x) {  // round to nearest even
     uint32_t u;
     __builtin_memcpy(&u, &x, 4);

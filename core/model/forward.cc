@@ -36,8 +36,16 @@ void forward(const Backend& b, const ModelConfig& c, const Weights& w, const KvC
     linear(b, {qkv, h, l.qkv, l.qkv_bias, false, act.linear_scratch});
     rope_kv_write(b, {qkv, l.q_norm, l.k_norm, c.norm_eps, rows.cos_sin, rows.slots, k_pages, v_pages, c.h_q});
     const auto attention_over = [&](const Rows::Part& part, int64_t begin, int64_t n_row) {
-      return Attention{attn.rows(begin, n_row), q.rows(begin, n_row), k_pages, v_pages, part.q_begin, part.kv_len,
-                       part.page_table,         c.window_of(i),       scale,   act.attention_scratch};
+      return Attention{attn.rows(begin, n_row),
+                       q.rows(begin, n_row),
+                       k_pages,
+                       v_pages,
+                       part.q_begin,
+                       part.kv_len,
+                       part.page_table,
+                       c.window_of(i),
+                       scale,
+                       act.attention_scratch};
     };
     if (rows.prefill.n_entry > 0) attention_prefill(b, attention_over(rows.prefill, 0, rows.n_prefill_tok));
     if (rows.decode.n_entry > 0) attention_decode(b, attention_over(rows.decode, rows.n_prefill_tok, n - rows.n_prefill_tok));

@@ -38,8 +38,8 @@ struct Activations {
 };
 
 // Leaves the residual stream after the last layer in act.x. `keep_going` is asked between layers; false ends the pass with PRT_ABORTED.
-void forward(const Backend& backend, const ModelConfig& config, const Weights& weights, const KvCache& kv, const Rows& rows, Activations& act,
-             bool (*keep_going)(void*), void* user);
+void forward(const Backend& backend, const ModelConfig& config, const Weights& weights, const KvCache& kv, const Rows& rows,
+             Activations& act, bool (*keep_going)(void*), void* user);
 
 // logits[i] = lm_head norm(x[i]) for n rows; h is working memory
 void output_logits(const Backend& backend, const ModelConfig& config, const Weights& weights, const Tensor& x, const Tensor& h,

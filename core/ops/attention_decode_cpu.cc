@@ -33,7 +33,8 @@ void attention_decode(ThreadPool& pool, const Attention& a) {
         const Partial into = partial_at(slot, b.kv_head);
         const KeyRange range = visible(a, b.first_position);
         if ((c + 1) * kChunkTokens <= range.begin) return clear(into, group, d_pad);
-        const AttendScratch s = AttendScratch::at(static_cast<float*>(a.scratch.data) + thread * per_thread, attention_scratch_rows(group), d);
+        const AttendScratch s =
+            AttendScratch::at(static_cast<float*>(a.scratch.data) + thread * per_thread, attention_scratch_rows(group), d);
         load_block<W>(a, b, d, s);
         attend_chunk<W>(a, b, c, s);
         __builtin_memcpy(into.sum, s.chunk.sum, static_cast<size_t>(group * d_pad) * sizeof(float));
@@ -42,7 +43,8 @@ void attention_decode(ThreadPool& pool, const Attention& a) {
       });
     });
     pool.parallel_for(e1 - e0, [&](int64_t i, int32_t thread) {
-      const AttendScratch s = AttendScratch::at(static_cast<float*>(a.scratch.data) + thread * per_thread, attention_scratch_rows(group), d);
+      const AttendScratch s =
+          AttendScratch::at(static_cast<float*>(a.scratch.data) + thread * per_thread, attention_scratch_rows(group), d);
       int64_t slot = 0;
       for (int64_t e = e0; e < e0 + i; ++e) slot += chunks_of(e);
       for (int64_t h = 0; h < h_q; ++h) {

@@ -12,7 +12,8 @@ void check_attention(const char* op, const Attention& a) {
   check_shape(op, "v_pages", a.v_pages, a.k_pages.dtype, {n_page, h_kv, kPageTokens, d});
   check_shape(op, "q", a.q, DType::f32, {-1, -1});
   const int64_t n_tok = a.q.shape[0], width = a.q.shape[1];
-  check(h_kv > 0 && width > 0 && width % (d * h_kv) == 0, op, ": q has ", width, " columns, not a multiple of h_kv x d_head = ", h_kv, " x ", d);
+  check(h_kv > 0 && width > 0 && width % (d * h_kv) == 0, op, ": q has ", width, " columns, not a multiple of h_kv x d_head = ", h_kv,
+        " x ", d);
   check_shape(op, "out", a.out, DType::f32, {n_tok, width});
   check_shape(op, "kv_len", a.kv_len, DType::i32, {-1});
   const int64_t n_entry = a.kv_len.shape[0];

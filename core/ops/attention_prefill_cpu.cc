@@ -20,7 +20,8 @@ void attention_prefill(ThreadPool& pool, const Attention& a) {
       for (int64_t n; block >= (n = (q_begin[e + 1] - q_begin[e] + block_tokens - 1) / block_tokens); block -= n) ++e;
       const int64_t row = q_begin[e] + block * block_tokens, n_tok = min64(block_tokens, q_begin[e + 1] - row);
       const RowBlock b{e, item % h_kv, group, n_tok * group, row, kv_len[e] - (q_begin[e + 1] - row)};
-      const AttendScratch s = AttendScratch::at(static_cast<float*>(a.scratch.data) + thread * per_thread, attention_scratch_rows(group), d);
+      const AttendScratch s =
+          AttendScratch::at(static_cast<float*>(a.scratch.data) + thread * per_thread, attention_scratch_rows(group), d);
       load_block<W>(a, b, d, s);
       clear(s.all, b.n_row, d_pad);
       const int64_t first = visible(a, b.first_position).begin, last = b.first_position + n_tok;

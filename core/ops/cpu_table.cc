@@ -2,6 +2,5 @@
 #include "ops/cpu_table.h"
 
 namespace prt::PRT_ISA {
-const CpuOps cpu_ops = {embedding,        rms_norm, linear,         rope_kv_write, attention_prefill,
-                        attention_decode, silu_mul, target_logprob, sample};
+const CpuOps cpu_ops = {embedding, rms_norm, linear, rope_kv_write, attention_prefill, attention_decode, silu_mul, target_logprob, sample};
 }  // namespace prt::PRT_ISA

@@ -19,18 +19,18 @@ struct CpuOps {
   void (*sample)(ThreadPool&, const Sample&);
 };
 
-#define PRT_DECLARE_ISA(isa)                                   \
-  namespace isa {                                              \
-  extern const CpuOps cpu_ops;                                 \
-  void embedding(ThreadPool&, const Embedding&);               \
-  void rms_norm(ThreadPool&, const RmsNorm&);                  \
-  void linear(ThreadPool&, const Linear&);                     \
-  void rope_kv_write(ThreadPool&, const RopeKvWrite&);         \
-  void attention_prefill(ThreadPool&, const Attention&);       \
-  void attention_decode(ThreadPool&, const Attention&);        \
-  void silu_mul(ThreadPool&, const SiluMul&);                  \
-  void target_logprob(ThreadPool&, const TargetLogprob&);      \
-  void sample(ThreadPool&, const Sample&);                     \
+#define PRT_DECLARE_ISA(isa)                              \
+  namespace isa {                                         \
+  extern const CpuOps cpu_ops;                            \
+  void embedding(ThreadPool&, const Embedding&);          \
+  void rms_norm(ThreadPool&, const RmsNorm&);             \
+  void linear(ThreadPool&, const Linear&);                \
+  void rope_kv_write(ThreadPool&, const RopeKvWrite&);    \
+  void attention_prefill(ThreadPool&, const Attention&);  \
+  void attention_decode(ThreadPool&, const Attention&);   \
+  void silu_mul(ThreadPool&, const SiluMul&);             \
+  void target_logprob(ThreadPool&, const TargetLogprob&); \
+  void sample(ThreadPool&, const Sample&);                \
   }
 PRT_DECLARE_ISA(baseline)
 PRT_DECLARE_ISA(avx2)

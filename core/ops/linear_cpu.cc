@@ -58,9 +58,8 @@ int64_t outs_per_item(int64_t n_out, int32_t n_threads, int64_t multiple) {
 template <class D>
 void dot_linear(ThreadPool& pool, const Linear& a, const typename D::X* x, int64_t ld_x) {
   const int64_t n_out = a.weight.shape[0], per_item = outs_per_item(n_out, pool.size(), kTileOuts);
-  pool.parallel_for((n_out + per_item - 1) / per_item, [&](int64_t item, int32_t) {
-    dot_range<D>(a, x, ld_x, item * per_item, min64(n_out, (item + 1) * per_item));
-  });
+  pool.parallel_for((n_out + per_item - 1) / per_item,
+                    [&](int64_t item, int32_t) { dot_range<D>(a, x, ld_x, item * per_item, min64(n_out, (item + 1) * per_item)); });
 }
 
 #if defined(__AVX512BF16__)
@@ -111,7 +110,8 @@ void amx_many_rows(const Linear& a, const uint16_t* x, int64_t begin, int64_t en
       int64_t r = r0;
       for (; groups == 2 && r + 16 < r1; r += 32) {
         amx_square(w, ld_w, x + r / 16 * block, n_in, sums);
-        for (int64_t j = 0; j < 4; ++j) finish_square(a, r + 16 * (j % 2), min64(16, n_row - r - 16 * (j % 2)), o + 16 * (j / 2), sums + 256 * j);
+        for (int64_t j = 0; j < 4; ++j)
+          finish_square(a, r + 16 * (j % 2), min64(16, n_row - r - 16 * (j % 2)), o + 16 * (j / 2), sums + 256 * j);
       }
       for (; r < r1; r += 16)
         for (int64_t j = 0; j < groups; ++j) {
@@ -150,9 +150,8 @@ void linear(ThreadPool& pool, const Linear& a) {
     return bf16_linear(pool, a);
   }
 #endif
-  with_weight(static_cast<int32_t>(a.weight.dtype), [&](auto format) {
-    dot_linear<DotF32<decltype(format)>>(pool, a, static_cast<const float*>(a.x.data), a.x.row_stride);
-  });
+  with_weight(static_cast<int32_t>(a.weight.dtype),
+              [&](auto format) { dot_linear<DotF32<decltype(format)>>(pool, a, static_cast<const float*>(a.x.data), a.x.row_stride); });
 }
 
 }  // namespace prt::PRT_ISA

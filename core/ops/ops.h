@@ -87,7 +87,9 @@ struct TargetLogprob {
 void target_logprob(const Backend&, const TargetLogprob&);
 
 // One token per row of logits. See prt_sampling in pyruntime.h for the meaning and order of the parameters.
-struct SeenToken { int32_t id, n_generated; };  // n_generated 0: only in the prompt
+struct SeenToken {
+  int32_t id, n_generated;
+};  // n_generated 0: only in the prompt
 struct SampleRow {
   float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
   int32_t top_k, n_seen, n_bias;

@@ -8,7 +8,8 @@ void rope_kv_write(const Backend& backend, const RopeKvWrite& a) {
   check_stored(op, "k_pages", a.k_pages, {-1, -1, kPageTokens, -1});
   const int64_t n_page = a.k_pages.shape[0], h_kv = a.k_pages.shape[1], d = a.k_pages.shape[3], n_tok = a.slots.shape[0];
   check(d > 0 && d % 2 == 0 && d <= kMaxHead, op, ": d_head is ", d, ", expected an even number up to ", kMaxHead);
-  check(h_kv > 0 && a.h_q > 0 && a.h_q <= 1 << 20 && a.h_q % h_kv == 0, op, ": ", a.h_q, " query heads are not a multiple of ", h_kv, " kv heads");
+  check(h_kv > 0 && a.h_q > 0 && a.h_q <= 1 << 20 && a.h_q % h_kv == 0, op, ": ", a.h_q, " query heads are not a multiple of ", h_kv,
+        " kv heads");
   check_shape(op, "v_pages", a.v_pages, a.k_pages.dtype, {n_page, h_kv, kPageTokens, d});
   check_shape(op, "slots", a.slots, DType::i32, {-1});
   check_shape(op, "qkv", a.qkv, DType::f32, {n_tok, (a.h_q + 2 * h_kv) * d});

@@ -15,8 +15,8 @@ struct Call {
   std::vector<double> params;
 
   void expect(size_t n_operand, size_t n_param) const {
-    check(operands.size() == n_operand && params.size() == n_param, op, " takes ", n_operand, " operands and ", n_param, " parameters, got ",
-          operands.size(), " and ", params.size());
+    check(operands.size() == n_operand && params.size() == n_param, op, " takes ", n_operand, " operands and ", n_param,
+          " parameters, got ", operands.size(), " and ", params.size());
   }
   int64_t dim(size_t operand, int i) const {
     check(operands[operand].n_dim > i, op, ": operand ", operand, " has ", operands[operand].n_dim, " dimensions, expected more than ", i);

@@ -6,7 +6,10 @@ namespace prt::PRT_ISA {
 
 namespace {
 
-struct Candidate { float logit; int32_t id; };
+struct Candidate {
+  float logit;
+  int32_t id;
+};
 
 // Descending by logit; equal logits by id, so that the order never depends on how it was reached.
 PRT_INLINE bool before(const Candidate& a, const Candidate& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
@@ -100,7 +103,10 @@ int32_t sample_row(const float* logits, int64_t n, const SampleRow& row, Candida
     for (int64_t block = 0; block < n; block += 1024) {
       const int64_t end = min64(n, block + 1024);
       const double mass = sum_exp(logits + block, end - block, top, scale);
-      if (left >= mass && end < n) { left -= mass; continue; }
+      if (left >= mass && end < n) {
+        left -= mass;
+        continue;
+      }
       for (int64_t i = block; i < end; ++i) {
         const float w = exp(splat((logits[i] - top) * scale))[0];
         if (w <= 0) continue;
@@ -112,8 +118,8 @@ int32_t sample_row(const float* logits, int64_t n, const SampleRow& row, Candida
     return last ? last : argmax(logits, n);
   }
   // A token below min_p times the best can't be chosen, so it need not be a candidate: log min_p below the top, scaled.
-  const float floor = row.min_p > 0 ? top + row.temperature * static_cast<float>(__builtin_log(static_cast<double>(row.min_p))) - 1e-3f
-                                    : -__builtin_inff();
+  const float floor =
+      row.min_p > 0 ? top + row.temperature * static_cast<float>(__builtin_log(static_cast<double>(row.min_p))) - 1e-3f : -__builtin_inff();
   const bool by_k = row.top_k > 0 && row.top_k < n;
   const double total = by_k || row.min_p > 0 || row.top_p >= 1.0f ? 0 : sum_exp(logits, n, top, scale);
   // top_p rarely needs more than 256 tokens; widen until it is reached. Not after min_p: top_p is a share of all that it left.

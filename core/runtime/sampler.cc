@@ -16,8 +16,8 @@ float philox_uniform(uint64_t seed, uint64_t n) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
     const uint64_t a = uint64_t{0xD2511F53u} * x[0], b = uint64_t{0xCD9E8D57u} * x[2];
-    const uint32_t y[4] = {static_cast<uint32_t>(b >> 32) ^ x[1] ^ k0, static_cast<uint32_t>(b),
-                           static_cast<uint32_t>(a >> 32) ^ x[3] ^ k1, static_cast<uint32_t>(a)};
+    const uint32_t y[4] = {static_cast<uint32_t>(b >> 32) ^ x[1] ^ k0, static_cast<uint32_t>(b), static_cast<uint32_t>(a >> 32) ^ x[3] ^ k1,
+                           static_cast<uint32_t>(a)};
     std::memcpy(x, y, sizeof x);
   }
   return static_cast<float>(x[0] >> 8) * 0x1p-24f;  // [0, 1)
@@ -71,12 +71,18 @@ void Sampler::accept(const int32_t* tokens, int64_t n, bool is_prompt) {
 }
 
 SampleRow Sampler::row() const {
-  return {params_.temperature,       params_.top_p,
-          params_.min_p,             params_.repetition_penalty,
-          params_.presence_penalty,  params_.frequency_penalty,
-          params_.top_k,             static_cast<int32_t>(seen_.size()),
-          static_cast<int32_t>(bias_ids_.size()), seen_.data(),
-          bias_ids_.data(),          bias_values_.data(),
+  return {params_.temperature,
+          params_.top_p,
+          params_.min_p,
+          params_.repetition_penalty,
+          params_.presence_penalty,
+          params_.frequency_penalty,
+          params_.top_k,
+          static_cast<int32_t>(seen_.size()),
+          static_cast<int32_t>(bias_ids_.size()),
+          seen_.data(),
+          bias_ids_.data(),
+          bias_values_.data(),
           philox_uniform(params_.seed, n_drawn_)};
 }
 

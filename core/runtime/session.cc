@@ -11,9 +11,7 @@ namespace prt {
 namespace {
 int64_t pages_for(int64_t n_token) { return (n_token + kPageTokens - 1) / kPageTokens; }
 
-int64_t page_bytes(const ModelConfig& c) {
-  return 2 * int64_t{c.n_layer} * c.kv_size() * kPageTokens * dtype_size(c.weight_dtype());
-}
+int64_t page_bytes(const ModelConfig& c) { return 2 * int64_t{c.n_layer} * c.kv_size() * kPageTokens * dtype_size(c.weight_dtype()); }
 
 prt_session_config complete(prt_session_config s, const ModelConfig& model) {
   const auto in_range = [](const char* name, int64_t value, int64_t hi) {
@@ -47,8 +45,8 @@ Session::Session(std::shared_ptr<const Model> model, const prt_session_config& c
   const int64_t workspace = layout(measure), page = page_bytes(c), kv = page * config_.n_page, free = host_memory_free();
   if (kv > free - workspace) {
     const int64_t fits = std::max<int64_t>(0, (free - workspace) / page) * kPageTokens;
-    fail(PRT_OUT_OF_MEMORY, "a KV cache of ", config_.n_page, " pages (", int64_t{config_.n_page} * kPageTokens, " tokens) needs ", kv >> 20,
-         " MiB and the workspace ", workspace >> 20, " MiB; ", free >> 20, " MiB are free, which fits ", fits, " tokens");
+    fail(PRT_OUT_OF_MEMORY, "a KV cache of ", config_.n_page, " pages (", int64_t{config_.n_page} * kPageTokens, " tokens) needs ",
+         kv >> 20, " MiB and the workspace ", workspace >> 20, " MiB; ", free >> 20, " MiB are free, which fits ", fits, " tokens");
   }
   kv_buffer_ = HostBuffer(kv, "the KV cache", false);
   workspace_ = HostBuffer(workspace, "the workspace", false);
@@ -108,7 +106,8 @@ void Session::check_batch(const prt_batch& b) {
       const int32_t id = b.tokens[n_tok + i];
       check(id >= 0 && id < n_vocab, "batch: token ", id, " at ", i, " of entry ", s, " is outside the vocabulary of ", n_vocab);
       const int32_t target = b.targets ? b.targets[n_tok + i] : -1;
-      check(target >= -1 && target < n_vocab, "batch: target ", target, " at ", i, " of entry ", s, " is outside the vocabulary of ", n_vocab);
+      check(target >= -1 && target < n_vocab, "batch: target ", target, " at ", i, " of entry ", s, " is outside the vocabulary of ",
+            n_vocab);
     }
     n_tok += b.n_token[s];
   }
@@ -152,7 +151,8 @@ Rows Session::fill_rows(const prt_batch& b, std::vector<Piece>& pieces) {
     for (int32_t i = 0; i < p.n; ++i, ++row) {
       const int64_t position = s.length + p.offset + i;
       tokens_.as<int32_t>()[row] = b.tokens[entry_begin_[static_cast<size_t>(p.entry)] + p.offset + i];
-      slots_.as<int32_t>()[row] = static_cast<int32_t>(s.pages[static_cast<size_t>(position / kPageTokens)] * kPageTokens + position % kPageTokens);
+      slots_.as<int32_t>()[row] =
+          static_cast<int32_t>(s.pages[static_cast<size_t>(position / kPageTokens)] * kPageTokens + position % kPageTokens);
       rope_angles(rope_, position, cos_sin_.row<float>(row));
     }
     if (!decode) rows.n_prefill_tok = row;
@@ -258,8 +258,9 @@ void Session::step(const prt_batch& b) {
         }
       }
       const Rows rows = fill_rows(b, pieces_);
-      forward(backend_, model_->config, model_->weights, kv_, rows, act_,
-              [](void* self) { return static_cast<Session*>(self)->keep_going(); }, this);
+      forward(
+          backend_, model_->config, model_->weights, kv_, rows, act_, [](void* self) { return static_cast<Session*>(self)->keep_going(); },
+          this);
       outputs_.clear();
       int64_t row = 0;
       for (const Piece& p : pieces_)
@@ -270,7 +271,8 @@ void Session::step(const prt_batch& b) {
           if (sampled >= 0 || (b.logits_mask && b.logits_mask[batch_row]) || (b.targets && b.targets[batch_row] >= 0))
             outputs_.push_back({row, batch_row, sampled});
         }
-      std::stable_sort(outputs_.begin(), outputs_.end(), [](const Output& x, const Output& y) { return (x.sample_entry >= 0) > (y.sample_entry >= 0); });
+      std::stable_sort(outputs_.begin(), outputs_.end(),
+                       [](const Output& x, const Output& y) { return (x.sample_entry >= 0) > (y.sample_entry >= 0); });
       run_outputs(b, outputs_, logits_row_);
       done += rows.n_tok;
       if (config_.progress) config_.progress(config_.user, done, n_tok);

@@ -32,8 +32,13 @@ class Session {
   static constexpr int64_t kLogitRows = 64;  // rows of logits held at once: 64 x 128K x 4 bytes = 33 MB
 
   // Where the rows of a chunk come from: n consecutive tokens of batch entry `entry`, starting at its token `offset`.
-  struct Piece { int32_t entry, offset, n; };
-  struct Output { int64_t row, batch_row; int32_t sample_entry; };  // sample_entry -1: not sampled
+  struct Piece {
+    int32_t entry, offset, n;
+  };
+  struct Output {
+    int64_t row, batch_row;
+    int32_t sample_entry;
+  };  // sample_entry -1: not sampled
 
   void check_batch(const prt_batch& batch);
   void copy_pages(const Growth& growth);

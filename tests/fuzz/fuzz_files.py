@@ -142,9 +142,7 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
         if edit == 0:
             del out[key]
         elif edit == 1:
-            out[rng.choice(["new_key", "_private", "", "factor", "head_dim", "dtype", "rope_parameters"])] = rng.choice(
-                ODD_VALUES
-            )
+            out[rng.choice(["new_key", "_private", "", "factor", "head_dim", "dtype", "rope_parameters"])] = rng.choice(ODD_VALUES)
         elif edit == 2:
             out[key] = out[rng.choice(list(out))]
         else:

@@ -57,9 +57,7 @@ def narrow_llama(rope: dict[str, Any], **keys: Any) -> dict[str, Any]:
 
 def mistral(**keys: Any) -> dict[str, Any]:
     """A Mistral config.json."""
-    config = llama(
-        architectures=["MistralForCausalLM"], model_type="mistral", head_dim=64, hidden_size=96, rope_theta=1000000.0
-    )
+    config = llama(architectures=["MistralForCausalLM"], model_type="mistral", head_dim=64, hidden_size=96, rope_theta=1000000.0)
     for key in ("attention_bias", "mlp_bias", "pretraining_tp", "rope_scaling"):
         del config[key]
     return config | keys
@@ -143,9 +141,7 @@ CASES: dict[str, Case] = {
     "llama_four_layers": Case(llama(hidden_size=64, head_dim=64, num_hidden_layers=4, intermediate_size=72)),
     "llama_bias": Case(llama(attention_bias=True, mlp_bias=True, hidden_size=96, head_dim=64)),
     # One kv head for six query heads, and an epsilon large enough to be seen.
-    "llama_mqa": Case(
-        llama(hidden_size=96, head_dim=64, num_attention_heads=6, num_key_value_heads=1, rms_norm_eps=0.02)
-    ),
+    "llama_mqa": Case(llama(hidden_size=96, head_dim=64, num_attention_heads=6, num_key_value_heads=1, rms_norm_eps=0.02)),
     "llama_head80": Case(llama(hidden_size=160, num_attention_heads=2, num_key_value_heads=1, intermediate_size=104)),
     "llama_head96": Case(llama(hidden_size=96, head_dim=96, num_attention_heads=3, num_key_value_heads=3)),
     "llama_head128": Case(llama(hidden_size=256, num_attention_heads=2, num_key_value_heads=1)),
@@ -154,9 +150,7 @@ CASES: dict[str, Case] = {
     "mistral_window": Case(mistral(sliding_window=48)),
     "mistral_window_pages": Case(mistral(sliding_window=100, head_dim=128, num_key_value_heads=1), n_tok=200),
     "qwen2": Case(qwen(2)),
-    "qwen2_5_tied": Case(
-        qwen(2, hidden_size=448, num_attention_heads=7, num_key_value_heads=1, tie_word_embeddings=True, vocab_size=99)
-    ),
+    "qwen2_5_tied": Case(qwen(2, hidden_size=448, num_attention_heads=7, num_key_value_heads=1, tie_word_embeddings=True, vocab_size=99)),
     "qwen2_window": Case(qwen(2, use_sliding_window=True, sliding_window=40, num_hidden_layers=3)),
     # As the Qwen 2.5 model cards say to do it: max_position_embeddings stays the original length.
     "qwen2_yarn": Case(
@@ -167,17 +161,13 @@ CASES: dict[str, Case] = {
         )
     ),
     "qwen3": Case(qwen(3)),
-    "qwen3_tied_bias": Case(
-        qwen(3, attention_bias=True, tie_word_embeddings=True, head_dim=64, intermediate_size=100, vocab_size=101)
-    ),
+    "qwen3_tied_bias": Case(qwen(3, attention_bias=True, tie_word_embeddings=True, head_dim=64, intermediate_size=100, vocab_size=101)),
     "qwen3_window": Case(qwen(3, use_sliding_window=True, sliding_window=65, max_window_layers=0)),
     "rope_linear": Case(narrow_llama({"rope_type": "linear", "factor": 4.0})),
     "rope_linear_type": Case(narrow_llama({"type": "linear", "factor": 2.5}, head_dim=80)),
     # Dynamic: the base grows only when the sequence is longer than max_position_embeddings.
     "rope_dynamic": Case(narrow_llama({"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=64)),
-    "rope_dynamic_short": Case(
-        narrow_llama({"type": "dynamic", "factor": 4.0}, max_position_embeddings=256), n_tok=100
-    ),
+    "rope_dynamic_short": Case(narrow_llama({"type": "dynamic", "factor": 4.0}, max_position_embeddings=256), n_tok=100),
     "rope_llama3_head128": Case(
         narrow_llama(
             {
@@ -191,14 +181,10 @@ CASES: dict[str, Case] = {
         )
     ),
     "rope_yarn": Case(
-        narrow_llama(
-            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, max_position_embeddings=256
-        )
+        narrow_llama({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, max_position_embeddings=256)
     ),
     # No original length: transformers takes max_position_embeddings.
-    "rope_yarn_no_original": Case(
-        narrow_llama({"type": "yarn", "factor": 2.0}, max_position_embeddings=128), n_tok=200
-    ),
+    "rope_yarn_no_original": Case(narrow_llama({"type": "yarn", "factor": 2.0}, max_position_embeddings=128), n_tok=200),
     "rope_yarn_attention_factor": Case(
         narrow_llama(
             {

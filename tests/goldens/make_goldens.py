@@ -41,9 +41,7 @@ def transformers_logits(folder: Path, ids: npt.NDArray[np.int32]) -> npt.NDArray
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
-    missing = {
-        name for name in info["missing_keys"] if not (model.config.tie_word_embeddings and name == "lm_head.weight")
-    }
+    missing = {name for name in info["missing_keys"] if not (model.config.tie_word_embeddings and name == "lm_head.weight")}
     if missing or info["unexpected_keys"] or info["mismatched_keys"]:
         raise SystemExit(f"{folder}: the weights do not match the model: {info}")
     with torch.no_grad():

@@ -29,9 +29,7 @@ def round_to_bf16(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     return np.where(np.abs(rounded) < 2.0**-16, np.float32(0), rounded)
 
 
-def random_tensor(
-    case: str, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0
-) -> npt.NDArray[np.float32]:
+def random_tensor(case: str, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> npt.NDArray[np.float32]:
     """Uniform values with this mean and standard deviation, the same on every platform and numpy version."""
     stream = np.random.RandomState(zlib.crc32(f"{case}/{name}".encode()))
     return round_to_bf16(mean + std * np.sqrt(12.0) * (stream.random_sample(shape) - 0.5))
@@ -64,9 +62,7 @@ def make_weights(config: Mapping[str, Any], case: str) -> Weights:
 
     # A tied embedding is also the output matrix, so its scale is that of the logits.
     embed_std = 2.0 / np.sqrt(d_model) if tied else 1.0
-    weights["model.embed_tokens.weight"] = random_tensor(
-        case, "model.embed_tokens.weight", (n_vocab, d_model), embed_std
-    )
+    weights["model.embed_tokens.weight"] = random_tensor(case, "model.embed_tokens.weight", (n_vocab, d_model), embed_std)
     for layer in range(config["num_hidden_layers"]):
         block = f"model.layers.{layer}"
         norm(f"{block}.input_layernorm", d_model)
