@@ -1,3 +1,4 @@
+// Operands of prt_op_run: see attention_prefill.cc; every entry has one row.
 #include "ops/attention.h"
 #include "ops/cpu_table.h"
 

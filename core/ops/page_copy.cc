@@ -1,3 +1,4 @@
+// prt_op_run("page_copy", {k_pages, v_pages, src, dst})
 // Bookkeeping of a few pages: the same on every CPU, so it has no instruction-set twins.
 #include "ops/ops.h"
 
