@@ -11,13 +11,22 @@ import codecs
 import json
 import operator
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidArgumentError, ModelFileError, UnsupportedModelError
+from .gguf_tokenizer import (
+    CONTROL,
+    PRE_ALIASES,
+    UNKNOWN,
+    USER_DEFINED,
+    add_tokens,
+    build_byte_level,
+    build_sentencepiece,
+    check_gguf_lists,
+    library_errors,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -26,25 +35,6 @@ if TYPE_CHECKING:
 
 LITERAL_MARK = "\ufdd0"  # around words of a rendered chat that must stay words; no character, so no text needs it
 _MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json seen is 34 MB
-_MAX_PIECE = 1024  # characters of a SentencePiece token; its default limit is 16
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# The regular expressions that cut text into words before byte-level BPE, by the name in tokenizer.ggml.pre; each cuts
-# the pieces that the one before left. The last one of GPT-2's kind is ByteLevel's own.
-_PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", "gpt-2", r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "gpt-2": ("gpt-2",),
-    "llama-bpe": (_LLAMA3_SPLIT,),
-    "qwen2": (_LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),),
-    "smollm": (r"\p{N}", "gpt-2"),
-}
-_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_PRE_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
-
 # Control tokens that end a turn or a text, whatever the file says its eos is: files name one, chat models use two.
 _END_TEXTS = frozenset({
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>",
@@ -102,7 +92,7 @@ class Tokenizer:
 
         config = _read_json_object(tokenizer_config) if tokenizer_config is not None else {}
         text = _read_text(tokenizer_json)
-        with _library_errors(str(tokenizer_json)):
+        with library_errors(str(tokenizer_json)):
             tk = tokenizers.Tokenizer.from_str(text)
         token_to_bytes, strip_space = _read_decoder(tk, str(tokenizer_json))
         prefix, suffix = _read_post_processor(tk, str(tokenizer_json))
@@ -134,21 +124,21 @@ class Tokenizer:
         (SentencePiece BPE). Raises UnsupportedModelError for others, by name, and ModelFileError for lists that
         disagree.
         """
-        tokens = _check_gguf_lists(meta, source)
+        tokens = check_gguf_lists(meta, source)
         if meta.model == "gpt2":
-            tk = _build_byte_level(meta, tokens, source)
+            tk = build_byte_level(meta, tokens, source)
             token_to_bytes, strip_space = _byte_level_bytes, False
         elif meta.model == "llama":
-            tk = _build_sentencepiece(meta, tokens, source)
+            tk = build_sentencepiece(meta, tokens, source)
             token_to_bytes, strip_space = _sentencepiece_bytes, meta.add_space_prefix is not False
         else:
             raise UnsupportedModelError(f"{source}: tokenizer model {meta.model!r} is not implemented (only 'gpt2' and 'llama' are)")
-        special = {i for i, kind in enumerate(meta.token_types) if kind in (_CONTROL, _UNKNOWN)}
-        _add_tokens(tk, [(tokens[i], True) for i in sorted(special)])
-        _add_tokens(tk, [(tokens[i], False) for i, kind in enumerate(meta.token_types) if kind == _USER_DEFINED])
+        special = {i for i, kind in enumerate(meta.token_types) if kind in (CONTROL, UNKNOWN)}
+        add_tokens(tk, [(tokens[i], True) for i in sorted(special)])
+        add_tokens(tk, [(tokens[i], False) for i, kind in enumerate(meta.token_types) if kind == USER_DEFINED])
         ends = [meta.eos_id, meta.eot_id, *(i for i in sorted(special) if tokens[i] in _END_TEXTS)]
         # What llama.cpp assumes where the file is silent.
-        starts_with_bos = meta.model == "llama" or _PRE_ALIASES.get(meta.pre or "", meta.pre) == "llama-bpe"
+        starts_with_bos = meta.model == "llama" or PRE_ALIASES.get(meta.pre or "", meta.pre) == "llama-bpe"
         add_bos = starts_with_bos if meta.add_bos is None else meta.add_bos
         return cls(
             tk, token_to_bytes=token_to_bytes, strip_space=strip_space,
@@ -175,7 +165,7 @@ class Tokenizer:
                 f"text has a lone surrogate {text[e.start]!r} at character {e.start}, which no UTF-8 text can hold;"
                 " decode its source as UTF-8, or replace the character"
             ) from None
-        with self._lock, _library_errors("tokenizer", InvalidArgumentError):
+        with self._lock, library_errors("tokenizer", InvalidArgumentError):
             self._tk.encode_special_tokens = not parse_special
             ids: list[int] = self._tk.encode(text, add_special_tokens=False).ids
         if not parse_special:
@@ -299,19 +289,6 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-@contextmanager
-def _library_errors(source: str, error: type[Exception] = ModelFileError) -> Iterator[None]:
-    """Everything that the tokenizers library raises, panics of its Rust code included, as one of our errors."""
-    try:
-        yield
-    except Exception as e:
-        raise error(f"{source}: the tokenizers library refuses it: {e}") from e
-    except BaseException as e:
-        if type(e).__name__ != "PanicException":
-            raise
-        raise error(f"{source}: the tokenizers library fails on it: {e}") from None
-
-
 def _read_decoder(tk: tokenizers.Tokenizer, source: str) -> tuple[Callable[[str], bytes], bool]:
     """(bytes of a token, whether one leading space is dropped), from the decoder section of tokenizer.json."""
     decoder: Any = tk.decoder
@@ -334,112 +311,13 @@ def _read_decoder(tk: tokenizers.Tokenizer, source: str) -> tuple[Callable[[str]
 
 def _read_post_processor(tk: tokenizers.Tokenizer, source: str) -> tuple[list[int], list[int]]:
     """The ids that the post-processor puts before and after a text, found by trying."""
-    with _library_errors(source):
+    with library_errors(source):
         bare = tk.encode("a", add_special_tokens=False).ids
         full = tk.encode("a", add_special_tokens=True).ids
     for start in range(len(full) - len(bare) + 1):
         if bare and full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]
     raise UnsupportedModelError(f"{source}: post-processor turns ids {bare} into {full}; only ids around are known")
-
-
-def _check_gguf_lists(meta: GgufTokenizerMetadata, source: str) -> list[str]:
-    """The vocabulary, after every list and id of the metadata was found to fit it."""
-    n_vocab = len(meta.tokens)
-    if n_vocab and not meta.token_types:
-        raise UnsupportedModelError(
-            f"{source}: has no token types (tokenizer.ggml.token_type), so control tokens cannot be told from text;"
-            " convert the model again with a current llama.cpp"
-        )
-    if len(meta.token_types) != n_vocab:
-        raise ModelFileError(f"{source}: {n_vocab} tokens but {len(meta.token_types)} token types")
-    if meta.scores is not None and len(meta.scores) != n_vocab:
-        raise ModelFileError(f"{source}: {n_vocab} tokens but {len(meta.scores)} scores")
-    for name in ("bos_id", "eos_id", "unk_id", "pad_id", "eot_id"):
-        value = getattr(meta, name)
-        if value is not None and not 0 <= value < n_vocab:
-            raise ModelFileError(f"{source}: {name} is {value}, but there are {n_vocab} tokens")
-    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(meta.tokens)]
-    if len(set(tokens)) != n_vocab:
-        twice = Counter(tokens).most_common(1)[0][0]
-        raise ModelFileError(f"{source}: token {twice!r:.80} is there twice")
-    return tokens
-
-
-def _add_tokens(tk: tokenizers.Tokenizer, tokens: list[tuple[str, bool]]) -> None:
-    from tokenizers import AddedToken
-
-    tk.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in tokens])
-
-
-def _build_byte_level(meta: GgufTokenizerMetadata, tokens: list[str], source: str) -> tokenizers.Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    known = sorted([*_PRE_TOKENIZERS, *_PRE_ALIASES])
-    if meta.pre is None:
-        raise UnsupportedModelError(
-            f"{source}: does not name its pre-tokenizer (tokenizer.ggml.pre), so text would be cut in the wrong places;"
-            " convert the model again with a current llama.cpp"
-        )
-    pre = _PRE_ALIASES.get(meta.pre, meta.pre)
-    if pre not in _PRE_TOKENIZERS:
-        raise UnsupportedModelError(f"{source}: pre-tokenizer {meta.pre!r} is not implemented (known: {', '.join(known)})")
-    merges = []
-    for i, merge in enumerate(meta.merges):
-        left, _, right = merge.partition(" ")
-        if not left or not right or " " in right:
-            raise ModelFileError(f"{source}: merge {i} must be two tokens with a space between, is {merge!r}")
-        merges.append((left, right))
-    with _library_errors(source):
-        # Llama 3 looks a whole word up first: some of its words cannot be reached by merges.
-        model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=pre == "llama-bpe")
-        tk = Tokenizer(model)
-    if pre == "qwen2":
-        tk.normalizer = normalizers.NFC()
-    splits = [
-        pre_tokenizers.Split(Regex(_GPT2_SPLIT if split == "gpt-2" else split), behavior="isolated") for split in _PRE_TOKENIZERS[pre]
-    ]
-    tk.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tk.decoder = decoders.ByteLevel()
-    return tk
-
-
-def _build_sentencepiece(meta: GgufTokenizerMetadata, tokens: list[str], source: str) -> tokenizers.Tokenizer:
-    """SentencePiece BPE as merges: a pair may join if the result is a piece, and the best score goes first."""
-    from tokenizers import Tokenizer, models, normalizers
-
-    if meta.scores is None:
-        raise UnsupportedModelError(f"{source}: a 'llama' tokenizer needs scores (tokenizer.ggml.scores), has none")
-    byte_tokens = {f"<0x{byte:02X}>" for byte in range(256)}
-    byte_fallback = byte_tokens <= {t for t, kind in zip(tokens, meta.token_types, strict=True) if kind == _BYTE}
-    if not byte_fallback and meta.unk_id is None:
-        raise UnsupportedModelError(f"{source}: has neither all 256 byte tokens nor an unknown token")
-    longest = max(tokens, key=len, default="")
-    if len(longest) > _MAX_PIECE:
-        raise ModelFileError(f"{source}: token {longest!r:.40} has {len(longest)} characters, at most {_MAX_PIECE}")
-    # Control, byte and user-defined tokens are not made of smaller ones: nothing may merge into or out of them.
-    score = {token: s for token, s, kind in zip(tokens, meta.scores, meta.token_types, strict=True) if kind in (_NORMAL, _UNUSED)}
-    merges = [
-        (s, token[:at], token[at:])
-        for token, s in score.items()
-        for at in range(1, len(token))
-        if token[:at] in score and token[at:] in score
-    ]
-    merges.sort(key=lambda m: (-m[0], -len(m[1])))
-    with _library_errors(source):
-        model = models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[(left, right) for _, left, right in merges],
-            unk_token=None if meta.unk_id is None else tokens[meta.unk_id],
-            fuse_unk=True,
-            byte_fallback=byte_fallback,
-        )
-        tk = Tokenizer(model)
-    to_space = normalizers.Replace(" ", "▁")
-    # llama.cpp puts the space before every stretch of text between control tokens; so does Prepend.
-    add_space = meta.add_space_prefix is not False
-    tk.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), to_space]) if add_space else to_space
-    return tk
 
 
 def _spaced_bytes(token: str) -> bytes:
