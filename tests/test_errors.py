@@ -131,8 +131,8 @@ FOLDERS: dict[str, tuple[Damage, type[PyruntimeError], list[str]]] = {
     "text for a number": (edit_config(rms_norm_eps="small"), ModelFileError, ["rms_norm_eps", "small"]),
     "another vocabulary": (edit_config(vocab_size=97), ModelFileError, ["model.embed_tokens.weight", "[96, 256]", "[97, 256]"]),
     "petabytes": (
-        edit_config(hidden_size=1 << 20, intermediate_size=1 << 22, num_hidden_layers=1000, num_attention_heads=4096, head_dim=256),
-        ModelFileError, ["model.embed_tokens.weight", "[96, 256]", "[96, 1048576]"],
+        edit_config(hidden_size=1 << 17, intermediate_size=1 << 20, num_hidden_layers=1000, num_attention_heads=1024, head_dim=256),
+        ModelFileError, ["model.embed_tokens.weight", "[96, 256]", "[96, 131072]"],
     ),
     "no weights": (remove("model.safetensors"), ModelFileError, ["has no weights, expected model.safetensors"]),
     "a pickle": (
