@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := CMakeLists.txt pyproject.toml $(shell find core models pyruntime -type f \
   \( -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.map' -o -name '*.py' -o -name '*.toml' \))
 PYTHON_FOLDERS := core models pyruntime tests bench $(wildcard examples)
-C_SOURCES = $(shell find core $(wildcard examples) -type f \
+C_SOURCES = $(shell find core bench $(wildcard examples) -type f \
   \( -name '*.c' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \) -not -name pyruntime.h)
 
 .PHONY: help demo test lint format clean

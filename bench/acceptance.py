@@ -100,7 +100,13 @@ def main() -> int:
         report.add("CPU wheel", size < 3_000_000 and "py3-none" in arguments.wheel.name, f"{size / 1e6:.2f} MB", "< 3 MB, py3-none")
 
     if arguments.out:
-        machine = {"machine": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        machine = {
+            "commit": commit.stdout.strip(),
+            "machine": platform.processor() or platform.machine(),
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+        }
         arguments.out.write_text(json.dumps({**machine, "checks": report.rows}, indent=1) + "\n")
     return 0 if all(row["passed"] for row in report.rows) else 1
 

@@ -67,14 +67,38 @@ struct Pattern {
 };
 
 static const Pattern kPatterns[] = {
-    {"vdpbf16ps, 8 neighbouring rows", [](const uint16_t* w, float* o) { for (int64_t r = 0; r < kItem; r += 8) dots<8>(w + r * kColumns, 1, o); }},
-    {"vdpbf16ps, 16 neighbouring rows", [](const uint16_t* w, float* o) { for (int64_t r = 0; r < kItem; r += 16) dots<16>(w + r * kColumns, 1, o); }},
-    {"vdpbf16ps, 4 rows far apart", [](const uint16_t* w, float* o) { for (int64_t r = 0; r < kItem / 4; ++r) dots<4>(w + r * kColumns, kItem / 4, o); }},
-    {"vdpbf16ps, 8 rows far apart", [](const uint16_t* w, float* o) { for (int64_t r = 0; r < kItem / 8; ++r) dots<8>(w + r * kColumns, kItem / 8, o); }},
-    {"vdpbf16ps, 16 rows far apart", [](const uint16_t* w, float* o) { for (int64_t r = 0; r < kItem / 16; ++r) dots<16>(w + r * kColumns, kItem / 16, o); }},
-    {"AMX, 64 neighbouring rows (4 tiles)", [](const uint16_t* w, float* o) { for (int64_t r = 0; r < kItem; r += 64) tiles<4>(w + r * kColumns, 1, 16, o); }},
-    {"AMX, 16 rows far apart (1 tile)", [](const uint16_t* w, float* o) { for (int64_t r = 0; r < kItem / 16; ++r) tiles<1>(w + r * kColumns, kItem / 16, 1, o); }},
-    {"AMX, 16 x 4 rows far apart (4 tiles)", [](const uint16_t* w, float* o) { for (int64_t r = 0; r < kItem / 16; r += 4) tiles<4>(w + r * kColumns, kItem / 16, 1, o); }},
+    {"vdpbf16ps, 8 neighbouring rows",
+     [](const uint16_t* w, float* o) {
+       for (int64_t r = 0; r < kItem; r += 8) dots<8>(w + r * kColumns, 1, o);
+     }},
+    {"vdpbf16ps, 16 neighbouring rows",
+     [](const uint16_t* w, float* o) {
+       for (int64_t r = 0; r < kItem; r += 16) dots<16>(w + r * kColumns, 1, o);
+     }},
+    {"vdpbf16ps, 4 rows far apart",
+     [](const uint16_t* w, float* o) {
+       for (int64_t r = 0; r < kItem / 4; ++r) dots<4>(w + r * kColumns, kItem / 4, o);
+     }},
+    {"vdpbf16ps, 8 rows far apart",
+     [](const uint16_t* w, float* o) {
+       for (int64_t r = 0; r < kItem / 8; ++r) dots<8>(w + r * kColumns, kItem / 8, o);
+     }},
+    {"vdpbf16ps, 16 rows far apart",
+     [](const uint16_t* w, float* o) {
+       for (int64_t r = 0; r < kItem / 16; ++r) dots<16>(w + r * kColumns, kItem / 16, o);
+     }},
+    {"AMX, 64 neighbouring rows (4 tiles)",
+     [](const uint16_t* w, float* o) {
+       for (int64_t r = 0; r < kItem; r += 64) tiles<4>(w + r * kColumns, 1, 16, o);
+     }},
+    {"AMX, 16 rows far apart (1 tile)",
+     [](const uint16_t* w, float* o) {
+       for (int64_t r = 0; r < kItem / 16; ++r) tiles<1>(w + r * kColumns, kItem / 16, 1, o);
+     }},
+    {"AMX, 16 x 4 rows far apart (4 tiles)",
+     [](const uint16_t* w, float* o) {
+       for (int64_t r = 0; r < kItem / 16; r += 4) tiles<4>(w + r * kColumns, kItem / 16, 1, o);
+     }},
 };
 
 int main() {
@@ -96,7 +120,8 @@ int main() {
           TileConfig config;
           for (int i = 0; i < 8; ++i) config.rows[i] = 16, config.row_bytes[i] = i == 4 || i == 5 ? 64 : 4;
           _tile_loadconfig(&config);
-          for (int64_t r; (r = next.fetch_add(kItem)) < kRows;) kPatterns[p].item(reinterpret_cast<const uint16_t*>(map) + r * kColumns, sink[t]);
+          for (int64_t r; (r = next.fetch_add(kItem)) < kRows;)
+            kPatterns[p].item(reinterpret_cast<const uint16_t*>(map) + r * kColumns, sink[t]);
           _tile_release();
         });
       for (auto& t : threads) t.join();

@@ -104,10 +104,9 @@ class Request:
         self.sampler.accept(prompt, is_prompt=True)
         self.eos_ids = frozenset(eos_ids)
         self.stop_ids = frozenset(params.stop_token_ids)
-        # Tokens that may not come before min_tokens, or ever (ignore_eos).
-        self._banned = {t: -float("inf") for t in {*self.eos_ids, *self.stop_ids} if t < n_vocab}
-        if params.min_tokens:
-            self.sampler.set_bias({**params.logit_bias, **self._banned})
+        if params.min_tokens:  # until then, nothing that would end it; take() lifts the ban
+            banned = {t: -float("inf") for t in {*self.eos_ids, *self.stop_ids} if t < n_vocab}
+            self.sampler.set_bias({**params.logit_bias, **banned})
         self.detokenizer = tokenizer.stream(continuation=True)
         self.matcher = StopMatcher(params.stop)
         self.seq = 0
@@ -206,7 +205,11 @@ def run(session: Session, requests: Sequence[Request], budget: PageBudget) -> It
             fresh: list[int] = []
             while waiting and budget.take(requests[waiting[0]].pages):
                 index = waiting.popleft()
-                requests[index].seq = session.create_sequence()
+                try:
+                    requests[index].seq = session.create_sequence()
+                except BaseException:
+                    budget.give(requests[index].pages)
+                    raise
                 fresh.append(index)
             order = active = fresh + active
             if not order:

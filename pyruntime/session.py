@@ -15,7 +15,7 @@ import numpy as np
 
 from . import _abi
 from ._lib import check, lib
-from .errors import AbortedError, InvalidArgumentError
+from .errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -423,6 +423,3 @@ _POINTERS: dict[Any, Any] = {
 
 def _pointer(array: np.ndarray[Any, Any]) -> Any:
     return array.ctypes.data_as(_POINTERS[array.dtype])
-
-
-__all__ = ["AbortedError", "Entry", "Sampler", "Session", "StepResult", "Weights"]

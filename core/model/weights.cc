@@ -10,28 +10,28 @@ namespace prt {
 
 Weights::Weights(const ModelConfig& config) {
   Arena measure;
-  layout(config, measure, false);
+  layout(config, measure);
   const int64_t free = host_memory_free();
   if (measure.used() > free)
     fail(PRT_OUT_OF_MEMORY, "the weights need ", measure.used(), " bytes (", measure.used() >> 20, " MiB) of host memory; ", free,
          " bytes (", free >> 20, " MiB) are free");
   buffer_ = HostBuffer(measure.used(), "the weights");
   Arena arena(buffer_.data());
-  layout(config, arena, true);
+  layout(config, arena);
 }
 
-void Weights::add(bool wanted, const std::string& name, const Tensor& view) {
-  if (!wanted || !view) return;
+void Weights::add(const std::string& name, const Tensor& view) {
+  if (!view) return;  // the model does not have it, or the layout is only being measured
   index_[name] = entries_.size();
   entries_.push_back({name, view, 0});
 }
 
-void Weights::layout(const ModelConfig& c, Arena& arena, bool real) {
+void Weights::layout(const ModelConfig& c, Arena& arena) {
   const DType w = c.weight_dtype(), f = DType::f32;
   const int64_t q = c.q_size(), kv = c.kv_size();
   layers.assign(static_cast<size_t>(c.n_layer), {});
   embed = arena.take(w, c.n_vocab, c.d_model);
-  add(real, "embed.weight", embed);
+  add("embed.weight", embed);
   for (int32_t i = 0; i < c.n_layer; ++i) {
     LayerWeights& l = layers[static_cast<size_t>(i)];
     const std::string p = "layers." + std::to_string(i) + ".";
@@ -51,32 +51,32 @@ void Weights::layout(const ModelConfig& c, Arena& arena, bool real) {
     if (c.mlp_bias) l.down_bias = arena.take(f, c.d_model);
 
     const auto part = [](const Tensor& t, int64_t begin, int64_t n) { return t ? t.rows(begin, n) : t; };
-    add(real, p + "attn_norm.weight", l.attn_norm);
-    add(real, p + "q.weight", part(l.qkv, 0, q));
-    add(real, p + "q.bias", part(l.qkv_bias, 0, q));
-    add(real, p + "k.weight", part(l.qkv, q, kv));
-    add(real, p + "k.bias", part(l.qkv_bias, q, kv));
-    add(real, p + "v.weight", part(l.qkv, q + kv, kv));
-    add(real, p + "v.bias", part(l.qkv_bias, q + kv, kv));
-    add(real, p + "q_norm.weight", l.q_norm);
-    add(real, p + "k_norm.weight", l.k_norm);
-    add(real, p + "o.weight", l.o);
-    add(real, p + "o.bias", l.o_bias);
-    add(real, p + "ffn_norm.weight", l.ffn_norm);
-    add(real, p + "gate.weight", part(l.gate_up, 0, c.d_ff));
-    add(real, p + "gate.bias", part(l.gate_up_bias, 0, c.d_ff));
-    add(real, p + "up.weight", part(l.gate_up, c.d_ff, c.d_ff));
-    add(real, p + "up.bias", part(l.gate_up_bias, c.d_ff, c.d_ff));
-    add(real, p + "down.weight", l.down);
-    add(real, p + "down.bias", l.down_bias);
+    add(p + "attn_norm.weight", l.attn_norm);
+    add(p + "q.weight", part(l.qkv, 0, q));
+    add(p + "q.bias", part(l.qkv_bias, 0, q));
+    add(p + "k.weight", part(l.qkv, q, kv));
+    add(p + "k.bias", part(l.qkv_bias, q, kv));
+    add(p + "v.weight", part(l.qkv, q + kv, kv));
+    add(p + "v.bias", part(l.qkv_bias, q + kv, kv));
+    add(p + "q_norm.weight", l.q_norm);
+    add(p + "k_norm.weight", l.k_norm);
+    add(p + "o.weight", l.o);
+    add(p + "o.bias", l.o_bias);
+    add(p + "ffn_norm.weight", l.ffn_norm);
+    add(p + "gate.weight", part(l.gate_up, 0, c.d_ff));
+    add(p + "gate.bias", part(l.gate_up_bias, 0, c.d_ff));
+    add(p + "up.weight", part(l.gate_up, c.d_ff, c.d_ff));
+    add(p + "up.bias", part(l.gate_up_bias, c.d_ff, c.d_ff));
+    add(p + "down.weight", l.down);
+    add(p + "down.bias", l.down_bias);
   }
   norm = arena.take(f, c.d_model);
-  add(real, "norm.weight", norm);
+  add("norm.weight", norm);
   if (c.tied_embeddings) {
     lm_head = embed;
   } else {
     lm_head = arena.take(w, c.n_vocab, c.d_model);
-    add(real, "lm_head.weight", lm_head);
+    add("lm_head.weight", lm_head);
   }
 }
 

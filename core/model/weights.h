@@ -35,8 +35,8 @@ class Weights {
   std::string missing() const;  // "" when everything is loaded
 
  private:
-  void layout(const ModelConfig& config, Arena& arena, bool with_entries);
-  void add(bool wanted, const std::string& name, const Tensor& view);
+  void layout(const ModelConfig& config, Arena& arena);
+  void add(const std::string& name, const Tensor& view);
   size_t index_of(const std::string& name) const;
 
   HostBuffer buffer_;

@@ -41,6 +41,7 @@ Session::Session(std::shared_ptr<const Model> model, const prt_session_config& c
       max_pages_(pages_for(config_.max_context)) {
   const ModelConfig& c = model_->config;
   config_.n_threads = threads_.size();  // the system may have refused some
+  config_.cpu_isa = nullptr;            // the caller's string need not outlive this call
   Arena measure;
   const int64_t workspace = layout(measure), page = page_bytes(c), kv = page * config_.n_page, free = host_memory_free();
   if (kv > free - workspace) {
