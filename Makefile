@@ -34,7 +34,7 @@ test: $(VENV)/.test
 lint: $(VENV)/.dev
 	@echo "== checking the sources"
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --exclude pyruntime/_abi.py $(PYTHON_FOLDERS)
+	$(BIN)/ruff format --check $(PYTHON_FOLDERS)
 	rm -rf build/typed && mkdir -p build/typed && cp -r pyruntime build/typed/ && cp -r models build/typed/pyruntime/
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 	$(BIN)/python core/generate_abi.py --check
@@ -44,7 +44,7 @@ format: $(VENV)/.dev
 	@echo "== formatting the sources"
 	$(BIN)/python core/generate_abi.py
 	$(BIN)/ruff check --fix --exit-zero --quiet .
-	$(BIN)/ruff format --exclude pyruntime/_abi.py $(PYTHON_FOLDERS)
+	$(BIN)/ruff format $(PYTHON_FOLDERS)
 	$(BIN)/clang-format -i $(C_SOURCES)
 
 clean:

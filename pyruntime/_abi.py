@@ -259,8 +259,5 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "prt_sampler_release": (None, [c.c_void_p]),
     "prt_session_step": (c.c_int32, [c.c_void_p, c.POINTER(prt_batch)]),
     "prt_session_get_stats": (c.c_int32, [c.c_void_p, c.POINTER(prt_session_stats)]),
-    "prt_op_run": (
-        c.c_int32,
-        [c.c_char_p, c.c_char_p, c.POINTER(c.POINTER(prt_tensor)), c.c_int32, c.POINTER(c.c_double), c.c_int32, c.c_int32, c.c_char_p],
-    ),
+    "prt_op_run": (c.c_int32, [c.c_char_p, c.c_char_p, c.POINTER(c.POINTER(prt_tensor)), c.c_int32, c.POINTER(c.c_double), c.c_int32, c.c_int32, c.c_char_p]),
 }
