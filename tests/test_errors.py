@@ -334,6 +334,7 @@ print("done")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS works on Linux")
+@pytest.mark.skipif(pyruntime.build_info()["sanitizers"] == "ON", reason="AddressSanitizer itself ends the process when its mmap fails")
 def test_too_little_memory(tmp_path: Path) -> None:
     """An address space that the KV cache does not fit into, and one that a thousand threads do not: errors, not a crash."""
     small, large = write_tiny_model(tmp_path / "small"), write_tiny_model(tmp_path / "large", max_position_embeddings=100_000)
