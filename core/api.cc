@@ -60,6 +60,12 @@ T& deref(T* p, const char* what) {
   return *p;
 }
 
+int32_t device_index(const std::string& device) {
+  if (device.rfind("cuda", 0) == 0) return cuda_require(device);
+  check(device == "cpu", "device '", device, "' is unknown, expected \"cpu\" or \"cuda:N\"");
+  return Weights::kHost;
+}
+
 Model& open_model(prt_model* m) {
   Model& model = *deref(m, "model").model;
   if (model.finalized) fail(PRT_BAD_STATE, "the model is finalized: its tensors can no longer be loaded");
@@ -152,9 +158,8 @@ prt_status prt_model_create(const prt_model_config* config, const char* device, 
   return guard([&] {
     deref(out, "out") = nullptr;
     const std::string where = &deref(device, "device");
-    if (where.rfind("cuda", 0) == 0) cuda_require(where);
-    check(where == "cpu", "device '", where, "' is unknown, expected \"cpu\" or \"cuda:N\"");
-    *out = new prt_model{std::make_shared<Model>(read_model_config(config))};
+    const int32_t index = device_index(where);
+    *out = new prt_model{std::make_shared<Model>(read_model_config(config), index)};
   });
 }
 
@@ -206,6 +211,7 @@ prt_status prt_model_finalize(prt_model* model) {
     Model& m = open_model(model);
     const std::string missing = m.weights.missing();
     if (!missing.empty()) fail(PRT_BAD_STATE, "the model lacks tensors: ", missing);
+    m.weights.loaded();
     m.finalized = true;
 #if defined(__GLIBC__)
     malloc_trim(0);  // what loading has freed goes back to the system: 8 MB after dequantising a 135M model
@@ -284,7 +290,7 @@ prt_status prt_sampler_sample(prt_sampler* sampler, const float* logits, int32_t
                                             logprob ? make_tensor(logprob, DType::f32, 1) : Tensor{},
                                             {},
                                             {},
-                                            make_tensor(scratch.data(), DType::f32, 1, scratch.size())});
+                                            make_tensor(scratch.data(), DType::f32, scratch.size())});
     s.drawn(*token);
   });
 }
@@ -315,12 +321,16 @@ prt_status prt_op_run(const char* device, const char* op, prt_tensor* const* ope
                       int32_t n_param, int32_t n_threads, const char* isa) {
   return guard([&] {
     const std::string where = &deref(device, "device");
-    if (where.rfind("cuda", 0) == 0) cuda_require(where);
-    check(where == "cpu", "device '", where, "' is unknown, expected \"cpu\" or \"cuda:N\"");
+    const int32_t index = device_index(where);
     check(n_threads >= 1 && n_threads <= 1024, "n_threads is ", n_threads, ", expected 1..1024");
     Isa level = isa_best();
     if (isa) level = isa_from_name(isa);
     if (level > isa_best()) fail(PRT_UNSUPPORTED, "this processor supports ", isa_name(isa_best()), " at most, not ", isa_name(level));
+    if (index != Weights::kHost) {
+      const DeviceScope scope(index);
+      const CudaContext context(index);
+      return run_op(cuda_backend(context.stream()), &deref(op, "op"), operands, n_operand, params, n_param);
+    }
     ThreadPool pool(n_threads);
     run_op(cpu_backend(pool, level), &deref(op, "op"), operands, n_operand, params, n_param);
   });

@@ -146,7 +146,8 @@ typedef struct prt_tensor_info {
 } prt_tensor_info;
 #define PRT_TENSOR_INFO_INIT { sizeof(prt_tensor_info), 0, 0, 0, {0, 0}, {0} }
 
-/* device: "cpu", "cuda:0", "cuda:1", ... Checks the configuration and takes the memory for all weights. */
+/* device: "cpu", "cuda:0", "cuda:1", ... Checks the configuration and takes the memory for all weights, there. Models on several devices
+ * may live in one process; the calling thread's current CUDA device is left as it was. */
 PRT_API prt_status prt_model_create(const prt_model_config *config, const char *device, prt_model **out);
 
 /* The tensors the model wants, in file order of a typical checkpoint:
@@ -157,7 +158,8 @@ PRT_API prt_status prt_model_tensor_count(prt_model *model, int32_t *count);
 PRT_API prt_status prt_model_tensor_get(prt_model *model, int32_t i, prt_tensor_info *info);
 
 /* Copy a whole tensor in, converting from `dtype` (F32, F16, BF16) with round-to-nearest-even. shape has n_dim entries and
- * must match exactly. Data is copied; different tensors may be loaded from different threads. */
+ * must match exactly. Data is copied; different tensors may be loaded from different threads, which on a GPU overlaps reading files with
+ * copying to it (8 MiB of pinned memory per thread, until prt_model_finalize). */
 PRT_API prt_status prt_model_load_tensor(prt_model *model, const char *name, const void *data, int32_t dtype,
                                          const int64_t *shape, int32_t n_dim);
 /* The same for rows [row_begin, row_begin + n_row) only, in order, so that a caller who dequantises needs little memory. */
@@ -185,8 +187,8 @@ typedef struct prt_session_config {
   uint32_t struct_size;
   int32_t max_context;       /* most tokens of one sequence; 0: the model's max_position */
   int32_t n_page;            /* size of the KV page pool; 0: enough for one sequence of max_context */
-  int32_t max_batch_tokens;  /* rows per internal chunk (workspace size); longer steps are cut; 0: 512 */
-  int32_t n_threads;         /* CPU threads; 0: one per physical core this process may use */
+  int32_t max_batch_tokens;  /* rows per internal chunk (workspace size); longer steps are cut; 0: 512, on a GPU 1024 */
+  int32_t n_threads;         /* CPU threads; 0: one per physical core this process may use; without effect on a GPU */
   prt_abort_fn abort;        /* may be NULL */
   prt_progress_fn progress;  /* may be NULL */
   void *user;                /* passed to both */
@@ -240,8 +242,9 @@ PRT_API void prt_sampler_release(prt_sampler *sampler);
 
 /* One forward pass over a ragged batch: entry s appends n_token[s] tokens to sequence seq[s]; prompts (many tokens) and decode
  * rows (one token) mix freely, and a sequence appears at most once. n_tok is the sum of n_token. What comes out is chosen by
- * which pointers are not NULL. Results do not depend on what else is in the batch, on how a prompt is cut into steps, or on the
- * number of threads.
+ * which pointers are not NULL. On the CPU results do not depend on what else is in the batch, on how a prompt is cut into steps, or
+ * on the number of threads. On a GPU the same steps give the same bits every time, but other kernels run for other numbers of rows: what
+ * else is in the batch changes the order of additions, and so the last bits of a logit. All pointers are host memory on either.
  * On any failure no sequence has changed. (A shared page that the step had already copied stays copied, so that n_page_free may be one
  * lower per sequence than before.) */
 typedef struct prt_batch {
@@ -274,7 +277,7 @@ typedef struct prt_session_stats {
   int32_t max_batch_tokens;
   int64_t kv_bytes;            /* address space of the page pool; on the CPU only touched pages are resident */
   int64_t page_bytes;          /* K and V of one page, all layers */
-  int64_t workspace_bytes;     /* activations and logits, allocated at creation */
+  int64_t workspace_bytes;     /* activations and logits, allocated at creation, on the device */
   int64_t n_step;
   int64_t n_prefill_token;     /* tokens of entries with more than one token */
   int64_t n_decode_token;      /* tokens of entries with one token */

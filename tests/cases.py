@@ -52,7 +52,17 @@ class Linear(Sizes):
     n_out: int
     bias: bool = False
     accumulate: bool = False
+    norm: bool = False
+    gated: bool = False  # n_out weight rows, half as many results
+    f32_out: bool = False  # as for logits; with accumulate always
     op: str = "linear"
+
+
+@dataclass(frozen=True)
+class RopeAngles(Sizes):
+    n_tok: int
+    d_head: int
+    op: str = "rope_angles"
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,17 @@ LINEAR = [
     Linear(48, 576, 320, accumulate=True),
     Linear(1, 1536, 576, bias=True),
     Linear(6, 4096, 32),  # a block of x that does not fit the second-level cache beside the weights
+    Linear(1, 64, 48, norm=True),
+    Linear(3, 96, 64, gated=True),
+    Linear(2, 33, 18, bias=True, norm=True, gated=True),
+    Linear(1, 576, 960, bias=True, norm=True),
+    Linear(17, 64, 128, norm=True, gated=True),
+    Linear(5, 576, 320, norm=True, f32_out=True),
+    Linear(65, 128, 96, accumulate=True),
+    Linear(0, 64, 64, norm=True),
 ]
+
+ROPE_ANGLES = [RopeAngles(1, 2), RopeAngles(3, 10), RopeAngles(70, 64), RopeAngles(2, 256), RopeAngles(0, 8)]
 
 ROPE_KV_WRITE = [
     RopeKvWrite(1, 1, 1, 8),
@@ -135,6 +155,9 @@ ROPE_KV_WRITE = [
     RopeKvWrite(2, 3, 1, 96, qk_norm=True),
     RopeKvWrite(65, 2, 1, 128),
     RopeKvWrite(2, 8, 2, 256, qk_norm=True),
+    RopeKvWrite(1, 32, 8, 128),  # Llama-3.1-8B
+    RopeKvWrite(66, 9, 3, 64),
+    RopeKvWrite(3, 4, 2, 32, qk_norm=True),
     RopeKvWrite(0, 2, 1, 8),
 ]
 
@@ -154,6 +177,7 @@ ATTENTION = [
     Attention(2, 1, 32, ((90, 700), (3, 1100)), window=130),  # larger than a page, and whole chunks lie before it
     Attention(2, 2, 16, ((5, 9),), window=1),
     Attention(2, 1, 64, ((4, 80),), window=1000),
+    Attention(32, 8, 128, ((3, 130),)),  # Llama-3.1-8B
 ]
 
 ATTENTION_DECODE = [
@@ -169,6 +193,7 @@ ATTENTION_DECODE = [
     Attention(4, 2, 64, ((1, 150), (1, 200)), window=17, op="attention_decode"),
     Attention(2, 1, 32, ((1, 700), (1, 1100), (1, 3)), window=130, op="attention_decode"),
     Attention(2, 2, 16, ((1, 640),), window=1, op="attention_decode"),
+    Attention(32, 8, 128, ((1, 300), (1, 17)), op="attention_decode"),  # Llama-3.1-8B
 ]
 
 SILU_MUL = [SiluMul(1, 1), SiluMul(2, 17), SiluMul(3, 64), SiluMul(2, 1536), SiluMul(0, 8)]
@@ -178,5 +203,28 @@ TARGET_LOGPROB = [TargetLogprob(1, 1), TargetLogprob(3, 17), TargetLogprob(5, 40
 PAGE_COPY = [PageCopy(2, 1, 8, 1), PageCopy(9, 3, 20, 4), PageCopy(3, 2, 64, 0)]
 
 CASES: list[Sizes] = [
-    *EMBEDDING, *RMS_NORM, *LINEAR, *ROPE_KV_WRITE, *ATTENTION, *ATTENTION_DECODE, *SILU_MUL, *TARGET_LOGPROB, *PAGE_COPY,
+    *EMBEDDING, *RMS_NORM, *LINEAR, *ROPE_ANGLES, *ROPE_KV_WRITE, *ATTENTION, *ATTENTION_DECODE, *SILU_MUL, *TARGET_LOGPROB, *PAGE_COPY,
+]  # fmt: skip
+
+# Sizes at which a GPU takes other paths, or which take a CPU too long: row counts around every tile, the widths of SmolLM2-135M and of
+# Llama-3.1-8B, contexts that are split over many blocks.
+GPU_CASES: list[Sizes] = [
+    Embedding(70, 1000, 4096),
+    RmsNorm(33, 4096), RmsNorm(2, 16384), RmsNorm(3, 20_000),
+    *(Linear(n, 576, 1536, norm=n % 2 == 0) for n in (1, 2, 4, 8, 9, 16, 17, 32, 33, 64, 65, 128, 200, 512)),
+    *(Linear(n, 4096, 512, f32_out=n % 2 == 1) for n in (1, 3, 8, 33, 64, 65, 200, 512)),
+    *(Linear(n, 4096, 1024, norm=True, gated=True) for n in (1, 8, 33, 64, 65, 512)),
+    *(Linear(n, 1536, 576, accumulate=True) for n in (1, 8, 33, 64, 65, 200)),
+    Linear(1, 14336, 1024, accumulate=True), Linear(8, 4096, 3072, norm=True), Linear(130, 4096, 3072, bias=True),
+    Linear(33, 4096, 3584, norm=True, gated=True), Linear(1, 4096, 3206, norm=True, f32_out=True), Linear(257, 328, 1000),
+    RopeAngles(1000, 128),
+    RopeKvWrite(300, 32, 8, 128), RopeKvWrite(200, 9, 3, 64, qk_norm=True),
+    Attention(32, 8, 128, ((200, 200), (65, 700), (1, 300))),
+    Attention(9, 3, 64, ((300, 300), (129, 1000), (0, 64), (2, 65))),
+    Attention(8, 8, 128, ((130, 130),), window=100),
+    Attention(32, 8, 128, tuple((1, 1 + 97 * i) for i in range(33)), op="attention_decode"),
+    Attention(32, 8, 128, ((1, 9000),), op="attention_decode"),
+    Attention(9, 3, 64, ((1, 4097), (1, 64), (1, 8192)), op="attention_decode"),
+    Attention(40, 8, 128, ((1, 2000), (1, 3)), window=700, op="attention_decode"),
+    SiluMul(33, 14336), TargetLogprob(70, 128_256), PageCopy(40, 8, 128, 17),
 ]  # fmt: skip

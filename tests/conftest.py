@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +17,22 @@ DATA = Path(__file__).parent / "data"
 TEXT = DATA / "jargon-60k.txt"  # the Jargon File (public domain), 14,608 SmolLM2 tokens
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    """`pytest -m gpu` runs the tests of the GPU. All others are about the CPU, also on a machine that has one: it is hidden from them."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that use the real model carry the marker `model`, so that they can be left out with -m "not model"."""
+    no_gpu = "" if config.option.markexpr == "gpu" else "run with -m gpu, as `make test` does"
+    if not no_gpu and not any(d.is_cuda and d.usable for d in pyruntime._lib.devices()):
+        no_gpu = "no usable GPU: " + pyruntime.build_info().get("cuda_reason", "no NVIDIA driver or no GPU was found")
     for item in items:
         if any(name.startswith("smollm2") for name in getattr(item, "fixturenames", ())):
             item.add_marker("model")
+        if no_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=no_gpu))
 
 
 @pytest.fixture(scope="session")

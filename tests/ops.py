@@ -9,6 +9,7 @@ import ctypes
 import mmap
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ Array = NDArray[np.generic]
 
 DTYPES = ("bf16", "f16", "f32")
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
+GPU = "cuda:0"
 WIDTH = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16, "amx": 16}  # floats in a vector register
 _NUMPY = {"bf16": np.uint16, "f16": np.float16, "f32": np.float32}
 _PRT = {"uint16": _abi.PRT_BF16, "float16": _abi.PRT_F16, "float32": _abi.PRT_F32, "int32": _abi.PRT_I32}
@@ -43,34 +45,45 @@ def tensor(array: Array, *, dtype: int | None = None, shape: Sequence[int] | Non
 
 
 def run(
-    op: str,
-    operands: Sequence[Array | _abi.prt_tensor | None],
-    params: Sequence[float] = (),
-    *,
-    threads: int = 1,
-    isa: str | None = None,
+    op: str, operands: Sequence[Array | _abi.prt_tensor | None], params: Sequence[float] = (), *, on: str | None = None, threads: int = 1
 ) -> None:
-    """Runs one operation on the CPU; outputs are written in place. Operands of each op: top of core/ops/<op>.cc. None is a missing one."""
+    """Runs one operation; outputs are written in place. Operands of each op: top of core/ops/<op>.cc; None is a missing one.
+
+    `on` is an instruction set of the CPU (default: the best) or a GPU."""
     made = [x if x is None or isinstance(x, _abi.prt_tensor) else tensor(x) for x in operands]
     pointers = (ctypes.POINTER(_abi.prt_tensor) * len(made))(*(ctypes.pointer(t) if t else None for t in made))
     values = (ctypes.c_double * len(params))(*params)
+    device, isa = ("cpu", on) if on != GPU else (on, None)
     name = isa.encode() if isa else None
-    _lib.check(_lib.lib().prt_op_run(b"cpu", op.encode(), pointers, len(made), values, len(values), threads, name))
+    _lib.check(_lib.lib().prt_op_run(device.encode(), op.encode(), pointers, len(made), values, len(values), threads, name))
+
+
+def activation(dtype: str, on: str | None) -> str:
+    """What activations are kept in, next to weights or KV of type dtype."""
+    return dtype if on == GPU else "f32"
 
 
 @cache
-def isa_missing(isa: str) -> str:
-    """Why this machine cannot run an instruction set; "" if it can."""
+def missing(on: str) -> str:
+    """Why this machine cannot run an instruction set or a GPU; "" if it can."""
     x = np.ones((1, 1), np.float32)
     try:
-        run("rms_norm", [np.empty_like(x), x, x[0]], [0.0], isa=isa)
+        run("rms_norm", [np.empty_like(x), x, x[0]], [0.0], on=on)
     except PyruntimeError as error:
         return str(error)
     return ""
 
 
-SUPPORTED = tuple(isa for isa in ISAS if not isa_missing(isa))
-ISA_PARAMS = [pytest.param(isa, marks=pytest.mark.skip(reason=f"{isa}: {isa_missing(isa)}") if isa_missing(isa) else ()) for isa in ISAS]
+def _target(on: str) -> Any:
+    marks = [pytest.mark.gpu] if on == GPU else []
+    return pytest.param(on, marks=[*marks, pytest.mark.skip(reason=f"{on}: {missing(on)}")] if missing(on) else marks)
+
+
+SUPPORTED = tuple(isa for isa in ISAS if not missing(isa))
+EVERY_ISA = pytest.mark.parametrize("on", [_target(isa) for isa in ISAS])
+EVERYWHERE = pytest.mark.parametrize("on", [_target(on) for on in (*ISAS, GPU)])
+CPU_AND_GPU = pytest.mark.parametrize("on", ["baseline", _target(GPU)])
+ON_GPU = pytest.mark.parametrize("on", [_target(GPU)])
 
 
 def store(x: Array, dtype: str) -> Array:

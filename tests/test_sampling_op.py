@@ -55,18 +55,18 @@ def distribution(logits: Logits, temperature: float, top_k: int, top_p: float, m
 Params = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
 
 
-def sample(logits: Logits, uniforms: NDArray[np.float32], params: Params, isa: str | None = None) -> NDArray[np.int32]:
+def sample(logits: Logits, uniforms: NDArray[np.float32], params: Params, on: str | None = None) -> NDArray[np.int32]:
     rows = np.ascontiguousarray(np.broadcast_to(logits, (len(uniforms), len(logits))))
     tokens = np.full(len(uniforms), -9, np.int32)
-    run("sample", [rows, tokens, uniforms], params, isa=isa, threads=2)
+    run("sample", [rows, tokens, uniforms], params, on=on, threads=2)
     assert (ops.bits(rows) == ops.bits(np.broadcast_to(logits, rows.shape).copy())).all(), "the logits were changed"
     return tokens
 
 
-def check_distribution(logits: Logits, params: Params, isa: str | None = None, n: int = GRID) -> None:
+def check_distribution(logits: Logits, params: Params, on: str | None = None, n: int = GRID) -> None:
     want, close = distribution(logits, *params)
     assert not close, "this case would test rounding, choose another"
-    tokens = sample(logits, ((np.arange(n) + 0.5) / n).astype(np.float32), params, isa)
+    tokens = sample(logits, ((np.arange(n) + 0.5) / n).astype(np.float32), params, on)
     counts = np.bincount(tokens, minlength=len(logits))
     # Each end of an interval is off by the rounding of the weights and of a uniform number: 2^-20 covers 16 roundings of 2^-24.
     wrong = np.abs(counts - want * n) > 1 + n * 2.0**-20
@@ -113,33 +113,39 @@ PARAMS: list[Params] = [
 DECIDABLE = [(kind, params) for kind in KINDS for params in PARAMS if not distribution(logits_of(kind), *params)[1]]
 
 
+CPU_AND_GPU = pytest.mark.parametrize("on", [None, *ops.ON_GPU.args[1]])
+
+
+@CPU_AND_GPU
 @pytest.mark.parametrize(("kind", "params"), DECIDABLE, ids=str)
-def test_distribution(kind: str, params: Params) -> None:
-    check_distribution(logits_of(kind), params, n=128 if kind == "50k" else GRID)
+def test_distribution(kind: str, params: Params, on: str | None) -> None:
+    check_distribution(logits_of(kind), params, on, n=128 if kind == "50k" else GRID)
 
 
-@pytest.mark.parametrize("isa", ops.ISA_PARAMS)
+@ops.EVERY_ISA
 @pytest.mark.parametrize("params", [(1.0, 0, 1.0, 0.0), (0.9, 7, 0.83, 0.01), (1.0, 0, 0.72, 0.0)], ids=str)
-def test_distribution_on_every_isa(isa: str, params: Params) -> None:
-    check_distribution(logits_of("random"), params, isa)
-    check_distribution(logits_of("steep"), params, isa)
+def test_distribution_on_every_isa(on: str, params: Params) -> None:
+    check_distribution(logits_of("random"), params, on)
+    check_distribution(logits_of("steep"), params, on)
 
 
-def test_top_p_is_a_share_of_what_min_p_left() -> None:
+@CPU_AND_GPU
+def test_top_p_is_a_share_of_what_min_p_left(on: str | None) -> None:
     """Many tokens below min_p together weigh more than those above it: they must not count for top_p."""
     x = np.concatenate([np.full(300, 0.0) - np.arange(300) * 0.01, np.full(49_700, -4.7)]).astype(np.float32)
     for top_p in (0.03, 0.1, 0.5):
-        check_distribution(x, (1.0, 0, top_p, 0.02), n=64)
+        check_distribution(x, (1.0, 0, top_p, 0.02), on, n=64)
 
 
-def test_ties_at_the_edge_of_top_k_keep_the_lowest_ids() -> None:
+@CPU_AND_GPU
+def test_ties_at_the_edge_of_top_k_keep_the_lowest_ids(on: str | None) -> None:
     x = np.array([1, 5, 2, 5, 5, 5, 0], np.float32)
-    tokens = sample(x, ((np.arange(64) + 0.5) / 64).astype(np.float32), (1.0, 2, 1.0, 0.0))
+    tokens = sample(x, ((np.arange(64) + 0.5) / 64).astype(np.float32), (1.0, 2, 1.0, 0.0), on)
     assert set(tokens.tolist()) == {1, 3}
 
 
-@pytest.mark.parametrize("isa", ops.ISA_PARAMS)
-def test_greedy_takes_the_lowest_id_of_ties(isa: str) -> None:
+@ops.EVERYWHERE
+def test_greedy_takes_the_lowest_id_of_ties(on: str) -> None:
     rng = np.random.default_rng(3)
     for n in (1, 2, 15, 16, 17, 63, 1000, 50_257):
         x = rng.standard_normal((4, n)).astype(np.float32)
@@ -147,37 +153,41 @@ def test_greedy_takes_the_lowest_id_of_ties(isa: str) -> None:
         x[2, n // 3 :: max(1, n // 5)] = 9
         x[3] = -np.inf
         tokens = np.empty(4, np.int32)
-        run("sample", [x, tokens, np.full(4, 0.9, np.float32)], [0, 3, 0.5, 0.5], isa=isa)
+        run("sample", [x, tokens, np.full(4, 0.9, np.float32)], [0, 3, 0.5, 0.5], on=on)
         assert tokens.tolist() == [x[0].argmax(), 0, x[2].argmax(), 0]
 
 
-def test_uniform_0_and_the_largest_give_tokens_that_are_possible() -> None:
+@CPU_AND_GPU
+def test_uniform_0_and_the_largest_give_tokens_that_are_possible(on: str | None) -> None:
     uniforms = np.array([0, 1 - 2**-24], np.float32)
     for kind in KINDS:
         for params in PARAMS:
             possible = distribution(logits_of(kind), *params)[0] > 0
-            assert possible[sample(logits_of(kind), uniforms, params)].all(), (kind, params)
+            assert possible[sample(logits_of(kind), uniforms, params, on)].all(), (kind, params)
 
 
-def test_odd_logits_give_a_token() -> None:
+@CPU_AND_GPU
+def test_odd_logits_give_a_token(on: str | None) -> None:
     for x in ([np.nan] * 5, [np.nan, 1, 2, np.nan], [np.inf, 1, np.inf], [-np.inf] * 3, [np.nan, -np.inf]):
         row = np.array(x, np.float32)
         for params in PARAMS:
-            tokens = sample(row, np.array([0.0, 0.5, 0.99], np.float32), params)
+            tokens = sample(row, np.array([0.0, 0.5, 0.99], np.float32), params, on)
             assert ((tokens >= 0) & (tokens < len(x))).all()
-    assert sample(np.array([1, np.inf, np.inf], np.float32), np.array([0.99], np.float32), (1.0, 0, 1.0, 0.0)).tolist() == [1]
+    assert sample(np.array([1, np.inf, np.inf], np.float32), np.array([0.99], np.float32), (1.0, 0, 1.0, 0.0), on).tolist() == [1]
 
 
-def test_operands_are_checked() -> None:
+@CPU_AND_GPU
+def test_operands_are_checked(on: str | None) -> None:
     x, tokens, uniforms = np.zeros((3, 7), np.float32), np.zeros(3, np.int32), np.zeros(3, np.float32)
     for operands, says in (
         ([x, tokens, uniforms[:2].copy()], "uniforms"), ([x, tokens[:2].copy(), uniforms], "tokens"),
         ([x, uniforms, uniforms], "tokens .*f32"), ([x[0], tokens, uniforms], "logits|uniforms"), ([None, tokens, uniforms], "operand 0"),
     ):  # fmt: skip
         with pytest.raises(InvalidArgumentError, match=says):
-            run("sample", operands, [1, 0, 1, 0])
+            run("sample", operands, [1, 0, 1, 0], on=on)
 
 
+@CPU_AND_GPU
 @pytest.mark.parametrize(
     ("params", "says"),
     [
@@ -185,11 +195,63 @@ def test_operands_are_checked() -> None:
         ((1, 0, 0, 0), "top_p is 0"), ((1, 0, 1.5, 0), "top_p is 1.5"), ((1, 0, 1, math.nan), "min_p is nan"), ((1, 0, 1, 2), "min_p is 2"),
     ],
 )  # fmt: skip
-def test_parameters_are_checked(params: Params, says: str) -> None:
+def test_parameters_are_checked(params: Params, says: str, on: str | None) -> None:
     tokens = np.full(2, -9, np.int32)
     with pytest.raises(InvalidArgumentError, match=says):
-        run("sample", [np.zeros((2, 50), np.float32), tokens, np.zeros(2, np.float32)], params)
+        run("sample", [np.zeros((2, 50), np.float32), tokens, np.zeros(2, np.float32)], params, on=on)
     assert tokens.tolist() == [-9, -9]
+
+
+Full = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]  # tokens, logprobs, top_ids, top_logprobs
+
+
+def sample_full(
+    rows: Logits, uniforms: NDArray[np.float32], params: list[float], n_top: int, seen: Any, bias: dict[int, float], on: str | None
+) -> Full:
+    """Every operand of the operation; params: temperature, top_k, top_p, min_p, repetition, presence and frequency penalty."""
+    n, before = len(rows), rows.copy()
+    out = (np.full(n, -9, np.int32), np.zeros(n, np.float32), np.zeros((n, n_top), np.int32), np.zeros((n, n_top), np.float32))
+    lists = [np.array(seen, np.int32), np.array([*bias], np.int32), np.array([*bias.values()], np.float32)] if len(seen) else [None] * 3
+    run("sample", [rows, out[0], uniforms, *out[1:], *lists], params, on=on, threads=2)
+    assert (ops.bits(rows) == ops.bits(before)).all(), "the logits were changed"
+    return out
+
+
+PARAMS_OF_ALL = [
+    [0.0, 0, 1.0, 0.0, 1.2, 0.3, 0.1], [0.8, 0, 1.0, 0.0, 1.0, 0.0, 0.0], [0.8, 0, 0.9, 0.0, 1.1, 0.0, 0.0],
+    [1.0, 40, 0.95, 0.0, 1.0, 0.5, 0.0], [1.5, 0, 1.0, 0.05, 1.3, 0.2, 0.2], [0.7, 3000, 0.999, 0.0, 1.0, 0.0, 0.0],
+]  # fmt: skip
+
+
+@ops.ON_GPU
+@pytest.mark.parametrize("n_vocab", [7, 1000, 49_152, 128_256])
+@pytest.mark.parametrize("params", PARAMS_OF_ALL, ids=str)
+def test_a_gpu_samples_what_the_cpu_samples(n_vocab: int, params: list[float], on: str) -> None:
+    """All that a row can ask for. A uniform number that falls next to the end of a token's interval, as rounded, may give its neighbour."""
+    rng = np.random.default_rng(n_vocab)
+    rows = (rng.standard_normal((24, n_vocab)) * 2.5).astype(np.float32)
+    uniforms = (rng.integers(0, 1 << 24, 24) * 2.0**-24).astype(np.float32)
+    best = np.argsort(-rows, axis=-1)[:, : min(5, n_vocab // 2)].reshape(-1)
+    ids = list(dict.fromkeys(best.tolist()))[: n_vocab // 2]
+    seen = [(i, k % 3) for k, i in enumerate(ids)]
+    bias = {i: (-math.inf if k % 7 == 6 else float(k % 5) - 2.0) for k, i in enumerate(ids[::2])}
+    for lists in ((seen, bias), ([], {})):
+        cpu, gpu = (sample_full(rows, uniforms, params, min(6, n_vocab), *lists, where) for where in (None, on))
+        same = cpu[0] == gpu[0]
+        for r in np.nonzero(~same)[0]:
+            near = np.clip(uniforms[r] + np.arange(-64, 65) * 2.0**-24, 0, 1 - 2.0**-24).astype(np.float32)
+            around = sample_full(np.repeat(rows[r : r + 1], len(near), 0), near, params, 1, *lists, None)[0]
+            assert gpu[0][r] in around, f"row {r}: {gpu[0][r]}, the CPU has {cpu[0][r]}"
+        assert np.abs(cpu[1] - gpu[1])[same].max(initial=0) < 2e-5
+        assert (cpu[2] == gpu[2]).all()
+        assert np.abs(cpu[3] - gpu[3]).max() < 2e-5
+
+
+def test_lists_of_the_operation_are_checked() -> None:
+    x, u = np.zeros((1, 7), np.float32), np.zeros(1, np.float32)
+    for seen, bias in (([(7, 0)], {1: 1.0}), ([(1, 0)], {-1: 1.0})):
+        with pytest.raises(InvalidArgumentError, match=r"outside the vocabulary of 7"):
+            sample_full(x, u, PARAMS_OF_ALL[0], 2, seen, bias, None)
 
 
 # ---------------------------------------------------------------- prt_sampler

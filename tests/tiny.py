@@ -26,10 +26,10 @@ CHAT_TEMPLATE = (
 
 
 @lru_cache(maxsize=4)
-def golden_weights(folder: Path, dtype: str = "auto") -> Weights:
+def golden_weights(folder: Path, dtype: str = "auto", device: str = "cpu") -> Weights:
     """The tensors of a Hugging Face folder, kept in `dtype` ("auto": the folder's own)."""
     with open_checkpoint(folder) as checkpoint:
-        weights = Weights(checkpoint.config, dtype=checkpoint.config.dtype if dtype == "auto" else dtype, device="cpu")
+        weights = Weights(checkpoint.config, dtype=checkpoint.config.dtype if dtype == "auto" else dtype, device=device)
         weights.load(checkpoint.tensors, threads=2)
     return weights
 

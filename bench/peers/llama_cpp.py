@@ -26,8 +26,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from gguf_from_hf import write_gguf
-
 VERSION = "0.3.36"  # of llama-cpp-python, whose source package carries llama.cpp
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 BUSY_LIMIT = 0.03  # share of the machine that others may use before a run is called disturbed
@@ -77,6 +75,8 @@ def build(work: Path, jobs: int) -> Path:
 
 def convert(folder: Path, work: Path) -> Path:
     """The bf16 GGUF of `folder`, kept under `work` and made anew when the folder's weights are newer."""
+    from gguf_from_hf import write_gguf  # needs the gguf package, which the comparison on a GPU does without
+
     out = work / f"{folder.resolve().name}.bf16.gguf"
     newest = max((path.stat().st_mtime for path in folder.glob("*.safetensors")), default=0.0)
     if not out.exists() or out.stat().st_mtime < newest:

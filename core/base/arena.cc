@@ -2,7 +2,6 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <utility>
 
 #if defined(_WIN32)
 #include <windows.h>
@@ -69,40 +68,38 @@ int64_t host_memory_free() {
 }
 #endif
 
-HostBuffer::HostBuffer(int64_t bytes, const char* what, [[maybe_unused]] bool huge) : bytes_(bytes) {
-  check(bytes >= 0, what, ": ", bytes, " bytes is not a size");
-  if (bytes == 0) return;
-  mapped_ = bytes + kHugePage;
-#if defined(_WIN32)
-  base_ = VirtualAlloc(nullptr, static_cast<size_t>(mapped_), MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
-#else
-  base_ = mmap(nullptr, static_cast<size_t>(mapped_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (base_ == MAP_FAILED) base_ = nullptr;
-#endif
-  if (!base_) fail(PRT_OUT_OF_MEMORY, what, " needs ", bytes, " bytes of host memory; ", host_memory_free(), " are free");
-  data_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(base_) + kHugePage - 1) / kHugePage * kHugePage);
-#if defined(MADV_HUGEPAGE)
-  if (huge && bytes >= kHugePage) madvise(data_, static_cast<size_t>(bytes), MADV_HUGEPAGE);
-#endif
-}
-
-HostBuffer::~HostBuffer() {
-  if (!base_) return;
-#if defined(_WIN32)
-  VirtualFree(base_, 0, MEM_RELEASE);
-#else
-  munmap(base_, static_cast<size_t>(mapped_));
-#endif
-}
-
-HostBuffer::HostBuffer(HostBuffer&& o) noexcept { *this = std::move(o); }
-
-HostBuffer& HostBuffer::operator=(HostBuffer&& o) noexcept {
+Buffer& Buffer::operator=(Buffer&& o) noexcept {
   std::swap(data_, o.data_);
-  std::swap(base_, o.base_);
   std::swap(bytes_, o.bytes_);
+  std::swap(release_, o.release_);
+  std::swap(base_, o.base_);
   std::swap(mapped_, o.mapped_);
   return *this;
+}
+
+Buffer host_buffer(int64_t bytes, const char* what, [[maybe_unused]] bool huge) {
+  check(bytes >= 0, what, ": ", bytes, " bytes is not a size");
+  if (bytes == 0) return {};
+  const int64_t mapped = bytes + kHugePage;
+#if defined(_WIN32)
+  void* base = VirtualAlloc(nullptr, static_cast<size_t>(mapped), MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+#else
+  void* base = mmap(nullptr, static_cast<size_t>(mapped), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (base == MAP_FAILED) base = nullptr;
+#endif
+  if (!base) fail(PRT_OUT_OF_MEMORY, what, " needs ", bytes, " bytes of host memory; ", host_memory_free(), " are free");
+  char* data = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(base) + kHugePage - 1) / kHugePage * kHugePage);
+#if defined(MADV_HUGEPAGE)
+  if (huge && bytes >= kHugePage) madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+#endif
+  const auto release = [](const Buffer& b) {
+#if defined(_WIN32)
+    VirtualFree(b.base(), 0, MEM_RELEASE);
+#else
+    munmap(b.base(), static_cast<size_t>(b.mapped()));
+#endif
+  };
+  return Buffer(data, bytes, release, base, mapped);
 }
 
 }  // namespace prt

@@ -5,44 +5,191 @@
 
 #include "base/check.h"
 #include "cuda/device.h"
+#include "cuda/launch.cuh"
 
 namespace prt {
 
 namespace {
-constexpr const char* kNoKernels = "this version has no CUDA forward pass yet";
+
+constexpr int kOldest = 80;  // compute capability 8.0, Ampere: bf16 matrix units and asynchronous copies
+
+__global__ void probe() {}
+
+// Why this build cannot run on a device; "" if it can.
+std::string unusable(const cudaDeviceProp& p, int32_t index) {
+  if (10 * p.major + p.minor < kOldest)
+    return text("its compute capability is ", p.major, ".", p.minor, ", at least ", kOldest / 10, ".", kOldest % 10, " is needed");
+  const DeviceScope scope(index);
+  cudaFuncAttributes a{};
+  if (const cudaError_t e = cudaFuncGetAttributes(&a, probe); e != cudaSuccess) {
+    cudaGetLastError();
+    return text("this build has no code for it (", cudaGetErrorString(e), ")");
+  }
+  return "";
 }
+
+cudaDeviceProp properties(int32_t index) {
+  cudaDeviceProp p{};
+  cuda_check(cudaGetDeviceProperties(&p, index), "device properties");
+  return p;
+}
+
+}  // namespace
 
 int32_t cuda_device_count() {
   int n = 0;
-  return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0;
+  if (cudaGetDeviceCount(&n) == cudaSuccess) return n;
+  cudaGetLastError();
+  return 0;
 }
 
 void cuda_device_info(int32_t index, prt_device_info& info) {
-  cudaDeviceProp p{};
-  if (const cudaError_t e = cudaGetDeviceProperties(&p, index); e != cudaSuccess)
-    fail(PRT_DEVICE_ERROR, "cuda:", index, ": ", cudaGetErrorString(e));
+  const cudaDeviceProp p = properties(index);
   int driver = 0;
   cudaDriverGetVersion(&driver);
-  size_t free = 0, total = 0;
-  int before = 0;
-  cudaGetDevice(&before);
-  if (cudaSetDevice(index) == cudaSuccess) cudaMemGetInfo(&free, &total);
-  cudaSetDevice(before);
+  const std::string why = unusable(p, index);
   info.is_cuda = 1;
   info.index = index;
-  info.usable = 0;
+  info.usable = why.empty();
   info.memory_total = static_cast<int64_t>(p.totalGlobalMem);
-  info.memory_free = static_cast<int64_t>(free);
+  info.memory_free = why.empty() ? device_memory_free(index) : 0;
   std::snprintf(info.id, sizeof info.id, "cuda:%d", index);
-  std::snprintf(info.name, sizeof info.name, "%s", p.name);
+  std::snprintf(info.name, sizeof info.name, "%.95s", p.name);
   std::snprintf(info.features, sizeof info.features, "sm_%d%d, driver for CUDA %d.%d", p.major, p.minor, driver / 1000, driver % 1000 / 10);
-  std::snprintf(info.note, sizeof info.note, "%s", kNoKernels);
+  std::snprintf(info.note, sizeof info.note, "%.159s", why.c_str());
 }
 
-void cuda_require(const std::string& device) {
+int32_t cuda_require(const std::string& device) {
   const int32_t n = cuda_device_count();
   if (n == 0) fail(PRT_DEVICE_ERROR, "device '", device, "': no NVIDIA driver or no GPU was found; use device 'cpu'");
-  fail(PRT_DEVICE_ERROR, "device '", device, "': ", kNoKernels, "; use device 'cpu'");
+  int32_t index = -1;
+  char rest = 0;
+  const bool numbered = std::sscanf(device.c_str(), "cuda:%d%c", &index, &rest) == 1;
+  if (device == "cuda") index = 0;
+  else check(numbered && index >= 0, "device '", device, "' is unknown, expected \"cpu\" or \"cuda:N\"");
+  if (index >= n) fail(PRT_DEVICE_ERROR, "device '", device, "' does not exist, there ", n == 1 ? "is 1 GPU" : text("are ", n, " GPUs"));
+  const cudaDeviceProp p = properties(index);
+  const std::string why = unusable(p, index);
+  if (!why.empty()) fail(PRT_DEVICE_ERROR, "device '", device, "' (", p.name, "): ", why, "; use device 'cpu'");
+  return index;
 }
+
+DeviceScope::DeviceScope(int32_t device) {
+  int now = 0;
+  cuda_check(cudaGetDevice(&now), "current device");
+  if (now == device) return;
+  cuda_check(cudaSetDevice(device), "choosing the device");
+  before_ = now;
+}
+
+DeviceScope::~DeviceScope() {
+  if (before_ >= 0) cudaSetDevice(before_);
+}
+
+int64_t device_memory_free(int32_t device) {
+  const DeviceScope scope(device);
+  size_t free = 0, total = 0;
+  cuda_check(cudaMemGetInfo(&free, &total), "free device memory");
+  return static_cast<int64_t>(free);
+}
+
+Buffer device_buffer(int32_t device, int64_t bytes, const char* what) {
+  check(bytes >= 0, what, ": ", bytes, " bytes is not a size");
+  if (bytes == 0) return {};
+  const DeviceScope scope(device);
+  void* data = nullptr;
+  if (const cudaError_t e = cudaMalloc(&data, static_cast<size_t>(bytes)); e != cudaSuccess) {
+    cudaGetLastError();
+    if (e != cudaErrorMemoryAllocation) fail(PRT_DEVICE_ERROR, what, ": ", cudaGetErrorString(e));
+    fail(PRT_OUT_OF_MEMORY, what, " needs ", bytes, " bytes (", bytes >> 20, " MiB) on cuda:", device, "; ", device_memory_free(device), " bytes (",
+         device_memory_free(device) >> 20, " MiB) are free");
+  }
+  return Buffer(static_cast<char*>(data), bytes, [](const Buffer& b) { cudaFree(b.data()); });
+}
+
+Buffer pinned_buffer(int64_t bytes, const char* what) {
+  if (bytes == 0) return {};
+  void* data = nullptr;
+  if (const cudaError_t e = cudaHostAlloc(&data, static_cast<size_t>(bytes), cudaHostAllocPortable); e != cudaSuccess) {
+    cudaGetLastError();
+    fail(PRT_OUT_OF_MEMORY, what, " needs ", bytes, " bytes of pinned host memory: ", cudaGetErrorString(e));
+  }
+  return Buffer(static_cast<char*>(data), bytes, [](const Buffer& b) { cudaFreeHost(b.data()); });
+}
+
+CudaContext::CudaContext(int32_t device) {
+  const DeviceScope scope(device);
+  const cudaDeviceProp p = properties(device);
+  stream_.device = device;
+  stream_.arch = 10 * p.major + p.minor;
+  stream_.n_sm = p.multiProcessorCount;
+  stream_.smem_per_block = static_cast<int32_t>(p.sharedMemPerBlockOptin);
+  stream_.l2_bytes = p.l2CacheSize;
+  counters_ = device_buffer(device, CudaStream::kCounters * static_cast<int64_t>(sizeof(uint32_t)), "the counters");
+  stream_.counters = reinterpret_cast<uint32_t*>(counters_.data());
+  cuda_check(cudaStreamCreateWithFlags(&stream_.handle, cudaStreamNonBlocking), "a stream");
+  cuda_check(cudaMemsetAsync(stream_.counters, 0, static_cast<size_t>(counters_.bytes()), stream_.handle), "the counters");
+  synchronize(stream_);
+}
+
+CudaContext::~CudaContext() {
+  if (!stream_.handle) return;
+  cudaStreamSynchronize(stream_.handle);
+  cudaStreamDestroy(stream_.handle);
+}
+
+void copy_to_device(const CudaStream& s, void* dst, const void* src, int64_t bytes) {
+  cuda_check(cudaMemcpyAsync(dst, src, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, s.handle), "a copy to the device");
+}
+
+void copy_rows_to_device(const CudaStream& s, void* dst, const void* src, int64_t row_bytes, int64_t pitch, int64_t n_row) {
+  const auto n = static_cast<size_t>(pitch);
+  cuda_check(cudaMemcpy2DAsync(dst, n, src, n, static_cast<size_t>(row_bytes), static_cast<size_t>(n_row), cudaMemcpyHostToDevice, s.handle),
+             "a copy to the device");
+}
+
+void copy_to_host(const CudaStream& s, void* dst, const void* src, int64_t bytes) {
+  cuda_check(cudaMemcpyAsync(dst, src, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, s.handle), "a copy from the device");
+}
+
+void fill(const CudaStream& s, void* dst, int byte, int64_t bytes) {
+  cuda_check(cudaMemsetAsync(dst, byte, static_cast<size_t>(bytes), s.handle), "filling device memory");
+}
+
+void synchronize(const CudaStream& s) { cuda_check(cudaStreamSynchronize(s.handle), "the device"); }
+
+CudaEvent::CudaEvent() = default;
+CudaEvent::CudaEvent(CudaEvent&& other) noexcept : handle_(other.handle_) { other.handle_ = nullptr; }
+CudaEvent::~CudaEvent() {
+  if (handle_) cudaEventDestroy(handle_);
+}
+void CudaEvent::record(const CudaStream& s) {
+  if (!handle_) cuda_check(cudaEventCreateWithFlags(&handle_, cudaEventDisableTiming), "an event");
+  cuda_check(cudaEventRecord(handle_, s.handle), "an event");
+}
+void CudaEvent::wait() {
+  if (handle_) cuda_check(cudaEventSynchronize(handle_), "the device");
+}
+
+CudaGraph::~CudaGraph() {
+  if (exec_) cudaGraphExecDestroy(exec_);
+}
+void CudaGraph::begin(const CudaStream& s) {
+  cuda_check(cudaStreamBeginCapture(s.handle, cudaStreamCaptureModeThreadLocal), "recording a graph");
+}
+void CudaGraph::cancel(const CudaStream& s) {
+  cudaGraph_t graph = nullptr;
+  cudaStreamEndCapture(s.handle, &graph);
+  if (graph) cudaGraphDestroy(graph);
+  cudaGetLastError();
+}
+void CudaGraph::end(const CudaStream& s) {
+  cudaGraph_t graph = nullptr;
+  cuda_check(cudaStreamEndCapture(s.handle, &graph), "recording a graph");
+  const cudaError_t e = cudaGraphInstantiate(&exec_, graph, 0);
+  cudaGraphDestroy(graph);
+  cuda_check(e, "instantiating a graph");
+}
+void CudaGraph::replay(const CudaStream& s) const { cuda_check(cudaGraphLaunch(exec_, s.handle), "a graph launch"); }
 
 }  // namespace prt

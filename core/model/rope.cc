@@ -64,14 +64,4 @@ RopeTable make_rope_table(const ModelConfig& c, int64_t max_context) {
   return table;
 }
 
-void rope_angles(const RopeTable& table, int64_t position, float* out) {
-  const size_t half = table.inv_freq.size();
-  for (size_t i = 0; i < half; ++i) {
-    // The angle is rounded to f32 as every framework does: at position 100,000 that rounding is part of the trained model.
-    const float angle = static_cast<float>(position) * table.inv_freq[i];
-    out[i] = static_cast<float>(std::cos(static_cast<double>(angle))) * table.attention_factor;
-    out[half + i] = static_cast<float>(std::sin(static_cast<double>(angle))) * table.attention_factor;
-  }
-}
-
 }  // namespace prt

@@ -14,7 +14,4 @@ struct RopeTable {
 // max_context only matters to PRT_ROPE_DYNAMIC.
 RopeTable make_rope_table(const ModelConfig& config, int64_t max_context);
 
-// out [2][d_head / 2]: cos, then sin, of one position
-void rope_angles(const RopeTable& table, int64_t position, float* out);
-
 }  // namespace prt

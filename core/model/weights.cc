@@ -8,14 +8,15 @@
 
 namespace prt {
 
-Weights::Weights(const ModelConfig& config) {
+Weights::Weights(const ModelConfig& config, int32_t device) {
   Arena measure;
   layout(config, measure);
-  const int64_t free = host_memory_free();
-  if (measure.used() > free)
-    fail(PRT_OUT_OF_MEMORY, "the weights need ", measure.used(), " bytes (", measure.used() >> 20, " MiB) of host memory; ", free,
-         " bytes (", free >> 20, " MiB) are free");
-  buffer_ = HostBuffer(measure.used(), "the weights");
+  const int64_t need = measure.used(), free = device == kHost ? host_memory_free() : device_memory_free(device);
+  if (need > free)
+    fail(PRT_OUT_OF_MEMORY, "the weights need ", need, " bytes (", need >> 20, " MiB) of ",
+         device == kHost ? text("host memory") : text("memory on cuda:", device), "; ", free, " bytes (", free >> 20, " MiB) are free");
+  buffer_ = device == kHost ? host_buffer(need, "the weights") : device_buffer(device, need, "the weights");
+  if (device != kHost) upload_ = std::make_unique<Upload>(device);
   Arena arena(buffer_.data());
   layout(config, arena);
 }
@@ -98,6 +99,13 @@ void convert(void* to, DType to_type, const void* from, DType from_type, int64_t
 }
 }  // namespace
 
+void Weights::write(void* to, int64_t bytes, const Upload::Fill& fill) {
+  if (upload_) upload_->write(to, bytes, fill);
+  else fill(static_cast<char*>(to), 0, bytes);
+}
+
+void Weights::loaded() { upload_.reset(); }
+
 void Weights::load(const std::string& name, int64_t begin, int64_t n, const void* data, DType dtype) {
   Entry& e = entries_[index_of(name)];
   check(data != nullptr, "the data of tensor '", name, "' is NULL");
@@ -106,7 +114,10 @@ void Weights::load(const std::string& name, int64_t begin, int64_t n, const void
   check(begin == 0 || begin == e.rows_loaded, "rows of tensor '", name, "' must come in order: row ", begin, " was given, row ",
         e.rows_loaded, " is next");
   const Tensor to = e.view.rows(begin, n);
-  convert(to.data, to.dtype, data, dtype, n * e.view.row_size());
+  const int64_t size = dtype_size(to.dtype);
+  write(to.data, to.bytes(), [&](char* piece, int64_t offset, int64_t bytes) {
+    convert(piece, to.dtype, static_cast<const char*>(data) + offset / size * dtype_size(dtype), dtype, bytes / size);
+  });
   e.rows_loaded = begin + n;
 }
 
@@ -127,18 +138,17 @@ void Weights::load_file(const std::string& name, const std::string& path, int64_
     if (static_cast<int64_t>(got) != bytes)
       fail(PRT_IO_ERROR, path, ": ends inside tensor '", name, "' (", got, " of ", bytes, " bytes read)");
   };
-  const int64_t n = e.view.size();
-  if (dtype == e.view.dtype) {
-    read(e.view.data, n * dtype_size(dtype));
-  } else {  // convert through a small buffer
-    constexpr int64_t kPiece = 1 << 18;
-    std::vector<char> piece(static_cast<size_t>(std::min(n, kPiece) * dtype_size(dtype)));
-    for (int64_t i = 0; i < n; i += kPiece) {
+  constexpr int64_t kPiece = 1 << 18;  // elements converted at once
+  const int64_t size = dtype_size(e.view.dtype);
+  std::vector<char> piece(dtype == e.view.dtype ? 0 : static_cast<size_t>(std::min(e.view.size(), kPiece) * dtype_size(dtype)));
+  write(e.view.data, e.view.bytes(), [&](char* to, int64_t, int64_t bytes) {  // called in order: the file is read from front to back
+    if (dtype == e.view.dtype) return read(to, bytes);
+    for (int64_t i = 0, n = bytes / size; i < n; i += kPiece) {
       const int64_t m = std::min(kPiece, n - i);
       read(piece.data(), m * dtype_size(dtype));
-      convert(e.view.as<char>() + i * dtype_size(e.view.dtype), e.view.dtype, piece.data(), dtype, m);
+      convert(to + i * size, e.view.dtype, piece.data(), dtype, m);
     }
-  }
+  });
   e.rows_loaded = e.view.shape[0];
 }
 

@@ -4,7 +4,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "base/arena.h"
+#include "cuda/upload.h"
 #include "model/config.h"
 
 namespace prt {
@@ -15,7 +15,9 @@ struct LayerWeights {
 
 class Weights {
  public:
-  explicit Weights(const ModelConfig& config);
+  static constexpr int32_t kHost = -1;
+  // In host memory, or on a CUDA device.
+  explicit Weights(const ModelConfig& config, int32_t device = kHost);
 
   Tensor embed, norm, lm_head;  // lm_head is embed when tied
   std::vector<LayerWeights> layers;
@@ -33,13 +35,17 @@ class Weights {
   const Entry& find(const std::string& name) const;
   void load_file(const std::string& name, const std::string& path, int64_t offset, DType dtype);
   std::string missing() const;  // "" when everything is loaded
+  void loaded();                // gives back what only loading needs
 
  private:
   void layout(const ModelConfig& config, Arena& arena);
   void add(const std::string& name, const Tensor& view);
   size_t index_of(const std::string& name) const;
 
-  HostBuffer buffer_;
+  void write(void* to, int64_t bytes, const Upload::Fill& fill);
+
+  Buffer buffer_;
+  std::unique_ptr<Upload> upload_;  // of a CUDA device, while loading
   std::vector<Entry> entries_;
   std::unordered_map<std::string, size_t> index_;
 };

@@ -6,7 +6,7 @@ namespace prt {
 
 constexpr int64_t kAttentionRows = 64;  // query rows (tokens x heads of a group) that share one pass over the pages
 
-void check_attention(const char* op, const Attention& a);
+void check_attention(const Backend& backend, const char* op, const Attention& a);
 
 inline int64_t attention_block_rows(int64_t group) { return group > kAttentionRows ? group : kAttentionRows / group * group; }
 inline int64_t attention_scratch_rows(int64_t group) { return (attention_block_rows(group) + 15) / 16 * 16; }  // whole tiles

@@ -1,0 +1,52 @@
+// How every kernel is started, and what a kernel does first and last.
+//
+// On sm_90 and newer a kernel may begin before the one queued ahead of it has finished (programmatic dependent launch), so that its
+// own start-up and its first reads of constant memory (weights) overlap the other's tail. Two rules make that safe:
+//   1. pdl_wait() comes before the first read of anything that a kernel has written, and before the first write of anything.
+//   2. pdl_launch() may come any time after that; calling it early only lets the next kernel's start-up overlap.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "base/check.h"
+#include "cuda/stream.h"
+
+namespace prt {
+
+inline void cuda_check(cudaError_t e, const char* what) {
+  if (e == cudaSuccess) return;
+  cudaGetLastError();  // clears it where it can be cleared
+  fail(e == cudaErrorMemoryAllocation ? PRT_OUT_OF_MEMORY : PRT_DEVICE_ERROR, what, ": ", cudaGetErrorString(e));
+}
+
+template <class... Params, class... Args>
+void launch(const CudaStream& s, void (*kernel)(Params...), dim3 grid, dim3 block, int64_t smem, Args... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (smem > 48 << 10)
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)), "shared memory of a kernel");
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(smem);
+  config.stream = s.handle;
+  config.attrs = &early;
+  config.numAttrs = s.arch >= 90 ? 1 : 0;
+  cuda_check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), "kernel launch");
+}
+
+#ifdef __CUDACC__
+__device__ __forceinline__ void pdl_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void pdl_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+#endif
+
+}  // namespace prt

@@ -1,0 +1,497 @@
+// Decode attention: one query row per entry over paged keys, at the speed of reading them once.
+//
+// Work. The visible keys of an entry are cut into slices of 16 J keys (a slice lies in one page). All slices of all (entry, head block)
+// pairs stand in one line; CTA b takes the b-th stretch of it. A head block is the up to 8 NB query heads that share a kv head (more
+// than that: several blocks, each reading the keys again). Lengths are read on the device, so a captured launch serves growing contexts.
+//
+// Inside a CTA the warps take slices in turn, each alone: from device memory straight into the registers that the tensor cores read,
+// the next slice's loads on their way while this one is computed. No shared memory and no barrier until a stretch leaves a head block.
+//   S^T [keys][heads] = K Q^T    M = 16 keys, so that the 8 columns of a tile hold the heads of a group, not the 16 rows
+//   O^T [d][heads]    = V^T P^T  M = 16 of d; P^T comes from S^T by a transposition in registers
+// The order of d in the first product's sum, and of the rows in the second's result, is free: it is chosen so that every thread reads
+// 16 bytes of a row (K: the 4 lanes of a row 64 bytes together, V: the 8 lanes 128 bytes).
+//
+// Merging. The warps' (max, sum, accumulator) meet in shared memory; a head block cut between CTAs goes to scratch, and the last CTA
+// to arrive adds the parts up in the order of the CTAs.
+#include <algorithm>
+
+#include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
+#include "ops/attention_cuda.h"
+#include "ops/cuda_table.h"
+
+namespace prt::cuda {
+namespace {
+
+constexpr int kPage = static_cast<int>(kPageTokens);
+constexpr float kNegInf = -__builtin_inff();
+// The running maximum is raised only when a score exceeds it by this many powers of two: P stays below 2^8, far from any limit.
+constexpr float kSlack = 8;
+
+struct DecodeArgs {
+  void* out;                  // [n_entry][h_q][d_head]
+  const void *q, *k, *v;      // q: rows of q_stride elements
+  const int32_t *kv_len, *page_table;
+  float* partials;            // [2 CTAs][rows][d_head], then [2 CTAs][rows][2]
+  uint32_t* counters;         // one per CTA
+  int64_t q_stride, out_stride, table_stride;
+  int32_t n_entry, h_kv, group, window;
+  int32_t n_split, rows;      // a group is cut into n_split head blocks of at most `rows` query heads
+  float scale;                // times log2(e)
+};
+
+// A head block of an entry, and its stretch [begin, end) of the line of slices.
+struct Segment {
+  int entry, kv_head, part, begin, end;
+  int low, high;  // visible keys
+};
+
+template <int kKeys>
+struct Pages {
+  const DecodeArgs& a;
+
+  // Sets entry, low and high; returns the number of slices. An entry without keys gets a masked one, so that its output is written.
+  __device__ int measure(Segment& s, int entry) const {
+    s.entry = entry;
+    s.high = a.kv_len[entry];
+    s.low = a.window > 0 ? max(s.high - a.window, 0) : 0;
+    return max((s.high + kKeys - 1) / kKeys - s.low / kKeys, 1);
+  }
+  __device__ void next(Segment& s) const {
+    int n = s.end - s.begin;
+    if (++s.part == a.n_split) {
+      s.part = 0;
+      if (++s.kv_head == a.h_kv) {
+        s.kv_head = 0;
+        n = measure(s, s.entry + 1);
+      }
+    }
+    s.begin = s.end;
+    s.end += n;
+  }
+  __device__ int key(const Segment& s, int slice) const { return (s.low / kKeys + slice - s.begin) * kKeys; }
+  __device__ int page(const Segment& s, int slice) const {
+    return s.high > 0 ? a.page_table[s.entry * a.table_stride + key(s, slice) / kPage] : 0;
+  }
+  __device__ int row(const Segment& s, int slice) const { return s.kv_head * kPage + key(s, slice) % kPage; }
+};
+
+// Every warp for itself: the stretch of this CTA and the segment it starts in. Returns false where there is nothing to do.
+template <int kKeys>
+__device__ bool first_segment(const Pages<kKeys>& source, int at_least, Segment& s, int& begin, int& end, int& stretch) {
+  const DecodeArgs& a = source.a;
+  const int lane = threadIdx.x % 32, per_lane = (a.n_entry + 31) / 32;
+  const int e0 = min(lane * per_lane, a.n_entry), e1 = min(e0 + per_lane, a.n_entry);
+  int sum = 0, longest = 0;
+  for (int e = e0; e < e1; ++e) {
+    const int n = source.measure(s, e);
+    sum += n;
+    longest = max(longest, n);
+  }
+  int until = sum;
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    const int x = __shfl_up_sync(~0u, until, i);
+    if (lane >= i) until += x;
+  }
+  const int n_block = a.h_kv * a.n_split, total = __shfl_sync(~0u, until, 31) * n_block;
+  longest = __reduce_max_sync(~0u, longest);
+  stretch = max((total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x), min(longest, at_least));
+  begin = static_cast<int>(min(static_cast<int64_t>(blockIdx.x) * stretch, static_cast<int64_t>(total)));
+  end = min(begin + stretch, total);
+  if (begin >= end) return false;
+
+  const int owner = __ffs(__ballot_sync(~0u, until * n_block > begin)) - 1;
+  int e = __shfl_sync(~0u, e0, owner), at = __shfl_sync(~0u, until - sum, owner) * n_block;
+  int n = source.measure(s, e);
+  for (; at + n * n_block <= begin; n = source.measure(s, ++e)) at += n * n_block;
+  const int block = (begin - at) / n;
+  s.kv_head = block / a.n_split, s.part = block % a.n_split;
+  s.begin = at + block * n;
+  s.end = s.begin + n;
+  return true;
+}
+
+// 16 keys of K as the A operand of S^T: thread (g, c) holds of rows g and g + 8 the elements 32 i + 8 c ... + 7, which stand for the
+// columns 2c 2c+1 2c+8 2c+9 of two products. Q as the B operand is read the same way.
+template <class T, int D>
+__device__ __forceinline__ void load_row(uint32_t (&r)[D / 8], const T* row, int c) {
+#pragma unroll
+  for (int i = 0; i < D / 32; ++i) {
+    const uint4 x = load_once_16(row + 32 * i + 8 * c);
+    r[4 * i] = x.x, r[4 * i + 1] = x.y, r[4 * i + 2] = x.z, r[4 * i + 3] = x.w;
+  }
+  if constexpr (D % 32 != 0) {
+    const uint2 x = load_once_8(row + D / 32 * 32 + 4 * c);
+    r[D / 8 - 2] = x.x, r[D / 8 - 1] = x.y;
+  }
+}
+
+// Of a row of V, thread g reads D / 8 elements, by twos; word w holds d_of(g, w) and the one after it, rows g and g + 8 of O^T tile w.
+template <int D>
+__device__ __forceinline__ int d_of(int g, int w) {
+  if (w < D / 64 * 4) return w / 4 * 64 + 8 * g + w % 4 * 2;
+  w -= D / 64 * 4;
+  if (D % 64 >= 32 && w < 2) return D / 64 * 64 + 4 * g + 2 * w;
+  return D / 32 * 32 + 2 * g;
+}
+template <class T, int D>
+__device__ __forceinline__ void load_value_row(uint32_t (&r)[D / 16], const T* row, int g) {
+  constexpr int q = D / 64 * 4;
+#pragma unroll
+  for (int i = 0; i < D / 64; ++i) {
+    const uint4 x = load_once_16(row + d_of<D>(g, 4 * i));
+    r[4 * i] = x.x, r[4 * i + 1] = x.y, r[4 * i + 2] = x.z, r[4 * i + 3] = x.w;
+  }
+  if constexpr (D % 64 >= 32) {
+    const uint2 x = load_once_8(row + d_of<D>(g, q));
+    r[q] = x.x, r[q + 1] = x.y;
+  }
+  if constexpr (D % 32 != 0) r[D / 16 - 1] = load_once_4(row + d_of<D>(g, D / 16 - 1));
+}
+
+// A partial result of one query head: scores up to `top` (in powers of two), `total` = sum 2^(score - top), value = sum 2^(...) v.
+__device__ __forceinline__ float pow2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+struct Partial {
+  float top = kNegInf, total = 0;
+  float4 value{0, 0, 0, 0};
+};
+__device__ __forceinline__ void merge(Partial& p, float top, float total, float4 value) {
+  const float new_top = fmaxf(p.top, top), base = new_top == kNegInf ? 0 : new_top;
+  const float mine = pow2(p.top - base), theirs = pow2(top - base);
+  p.top = new_top;
+  p.total = p.total * mine + total * theirs;
+  p.value = {p.value.x * mine + value.x * theirs, p.value.y * mine + value.y * theirs, p.value.z * mine + value.z * theirs,
+             p.value.w * mine + value.w * theirs};
+}
+template <class T>
+__device__ __forceinline__ void store_result(T* to, const Partial& p) {
+  const float f = p.total > 0 || p.total != p.total ? 1 / p.total : 0;
+  uint2 x{pack2<T>(p.value.x * f, p.value.y * f), pack2<T>(p.value.z * f, p.value.w * f)};
+  *reinterpret_cast<uint2*>(to) = x;
+}
+
+template <int D, int W>
+constexpr bool kParkQ = D > 128 || (D == 128 && W > 12);
+// 16-byte units of shared memory in which a warp's part is merged: values of all rows and their sums; or one value and sum per thread.
+__host__ __device__ inline int merge_units(int rows, int d) { return max(rows * d / 4 + (rows + 1) / 2, 48); }
+__device__ __forceinline__ void load_shared_16(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w, const uint4* from) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "r"(smem_address(from)));
+}
+
+template <class T, int D, int NB, int W, int J>
+__global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __grid_constant__ DecodeArgs a) {
+  constexpr int kKeys = 16 * J, kThreads = 32 * W, D4 = D / 4;
+  extern __shared__ float4 shared[];  // [W][rows][D4], then [W][rows] (top, total); or [kThreads], then [kThreads] (top, total)
+  __shared__ bool is_last;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  const Pages<kKeys> source{a};
+  // Where K, V and the accumulators fill the registers, each warp keeps its Q in shared memory.
+  uint4* parked_q = reinterpret_cast<uint4*>(shared) + W * merge_units(a.rows, D) + warp * NB * D + lane;
+
+  pdl_wait();
+  pdl_launch();
+  Segment here;
+  int begin, end, stretch;
+  if (!first_segment(source, 2 * W, here, begin, end, stretch)) return;
+
+  // The slice to be loaded next: its page number is asked for one slice earlier.
+  Segment ahead = here;
+  int to_load = begin + warp, page = 0, row = 0;
+  const auto look_up = [&] {
+    if (to_load >= end) return;
+    while (to_load >= ahead.end) source.next(ahead);
+    page = source.page(ahead, to_load);
+    row = source.row(ahead, to_load);
+  };
+  uint32_t k[J][2][D / 8], v[J][4][D / 16];
+  const auto offset = [&] { return (static_cast<int64_t>(page) * a.h_kv * kPage + row) * D; };
+  const auto load_k = [&](int64_t at) {
+#pragma unroll
+    for (int i = 0; i < 2 * J; ++i) load_row<T, D>(k[i / 2][i % 2], static_cast<const T*>(a.k) + at + (8 * i + g) * D, c);
+  };
+  const auto load_v = [&](int64_t at) {
+#pragma unroll
+    for (int i = 0; i < 4 * J; ++i)
+      load_value_row<T, D>(v[i / 4][i % 4], static_cast<const T*>(a.v) + at + (i / 2 * 8 + 2 * c + i % 2) * D, g);
+  };
+  look_up();
+  if (to_load < end) {
+    const int64_t at = offset();
+    load_k(at);
+    load_v(at);
+    to_load += W;
+    look_up();
+  }
+
+  for (int slice = begin + warp;; source.next(here)) {
+    const int heads = min(a.rows, a.group - here.part * a.rows), head0 = here.kv_head * a.group + here.part * a.rows;
+    const int stop = min(here.end, end);
+
+    uint32_t q[NB][D / 8];
+#pragma unroll
+    for (int b = 0; b < NB; ++b) {
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i) q[b][i] = 0;
+      if (8 * b + g < heads) load_row<T, D>(q[b], static_cast<const T*>(a.q) + here.entry * a.q_stride + (head0 + 8 * b + g) * D, c);
+      if constexpr (kParkQ<D, W>) {
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < D / 32; ++i) parked_q[(b * D / 32 + i) * 32] = {q[b][4 * i], q[b][4 * i + 1], q[b][4 * i + 2], q[b][4 * i + 3]};
+        __syncwarp();
+      }
+    }
+    float o[NB][D / 16][4] = {}, top[NB][2], total[NB][2];  // this thread's heads: 8 b + 2 c and the next; total: of its keys only
+#pragma unroll
+    for (int b = 0; b < NB; ++b) top[b][0] = top[b][1] = kNegInf, total[b][0] = total[b][1] = 0;
+
+    for (; slice < stop; slice += W) {
+      float s[NB][J][4] = {};
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i) {
+        if constexpr (kParkQ<D, W>)
+          if (i % 2 == 0) {
+#pragma unroll
+            for (int b = 0; b < NB; ++b)
+              load_shared_16(q[b][2 * i], q[b][2 * i + 1], q[b][2 * i + 2], q[b][2 * i + 3], parked_q + (b * D / 32 + i / 2) * 32);
+          }
+#pragma unroll
+        for (int j = 0; j < J; ++j) {
+          const uint32_t keys[4] = {k[j][0][2 * i], k[j][1][2 * i], k[j][0][2 * i + 1], k[j][1][2 * i + 1]};
+#pragma unroll
+          for (int b = 0; b < NB; ++b) mma_16816<T>(s[b][j], keys, q[b][2 * i], q[b][2 * i + 1]);
+        }
+      }
+      const bool more = to_load < end;
+      const int64_t at = offset();
+      if (more) load_k(at);
+
+      const int key = source.key(here, slice), low = here.low - key, high = here.high - key;
+      const bool whole = low <= 0 && high >= kKeys;
+      if (!whole) {
+#pragma unroll
+        for (int j = 0; j < J; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int n = 16 * j + 8 * (i / 2) + g;
+            if (n < low || n >= high)
+#pragma unroll
+              for (int b = 0; b < NB; ++b) s[b][j][i] = kNegInf;
+          }
+      }
+      bool rises = false;
+      float highest[NB][2];
+#pragma unroll
+      for (int b = 0; b < NB; ++b)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          highest[b][i] = s[b][0][i];
+#pragma unroll
+          for (int n = 1; n < 2 * J; ++n) highest[b][i] = fmaxf(highest[b][i], s[b][n / 2][n % 2 * 2 + i]);
+          highest[b][i] *= a.scale;
+          rises |= highest[b][i] > top[b][i] + kSlack;
+        }
+      if (__any_sync(~0u, rises)) {
+#pragma unroll
+        for (int b = 0; b < NB; ++b)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float x = fmaxf(highest[b][i], top[b][i]);
+#pragma unroll
+            for (int n = 4; n < 32; n *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, n));
+            const float f = pow2(top[b][i] - (x == kNegInf ? 0 : x));
+            top[b][i] = x;
+            total[b][i] *= f;
+#pragma unroll
+            for (int t = 0; t < D / 16; ++t) o[b][t][i] *= f, o[b][t][i + 2] *= f;
+          }
+      }
+      uint32_t p[NB][J][2];
+#pragma unroll
+      for (int b = 0; b < NB; ++b) {
+        const float base[2] = {top[b][0] == kNegInf ? 0 : top[b][0], top[b][1] == kNegInf ? 0 : top[b][1]};
+#pragma unroll
+        for (int j = 0; j < J; ++j) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            s[b][j][i] = pow2(s[b][j][i] * a.scale - base[i % 2]);
+            total[b][i % 2] += s[b][j][i];
+          }
+          p[b][j][0] = transpose_8x8(pack2<T>(s[b][j][0], s[b][j][1]));
+          p[b][j][1] = transpose_8x8(pack2<T>(s[b][j][2], s[b][j][3]));
+        }
+      }
+      if (!whole) {  // rows outside may hold anything, and 0 NaN is NaN
+#pragma unroll
+        for (int i = 0; i < 4 * J; ++i) {
+          const int n = i / 2 * 8 + 2 * c + i % 2;
+          if (n < low || n >= high)
+#pragma unroll
+            for (int w = 0; w < D / 16; ++w) v[i / 4][i % 4][w] = 0;
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < D / 16; ++t)
+#pragma unroll
+        for (int j = 0; j < J; ++j) {
+          const uint32_t values[4] = {__byte_perm(v[j][0][t], v[j][1][t], 0x5410), __byte_perm(v[j][0][t], v[j][1][t], 0x7632),
+                                      __byte_perm(v[j][2][t], v[j][3][t], 0x5410), __byte_perm(v[j][2][t], v[j][3][t], 0x7632)};
+#pragma unroll
+          for (int b = 0; b < NB; ++b) mma_16816<T>(o[b][t], values, p[b][j][0], p[b][j][1]);
+        }
+      if (more) {
+        load_v(at);
+        to_load += W;
+        look_up();
+      }
+    }
+
+    // The warps' parts meet.
+    float* values = reinterpret_cast<float*>(shared);
+    float2* sums = reinterpret_cast<float2*>(shared + W * a.rows * D4);
+#pragma unroll
+    for (int b = 0; b < NB; ++b)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int n = 4; n < 32; n *= 2) total[b][i] += __shfl_xor_sync(~0u, total[b][i], n);
+        const int head = 8 * b + 2 * c + i;
+        if (head >= heads) continue;
+        float* to = values + (warp * a.rows + head) * D;
+#pragma unroll
+        for (int t = 0; t < D / 16; ++t) *reinterpret_cast<float2*>(to + d_of<D>(g, t)) = {o[b][t][i], o[b][t][i + 2]};
+        if (g == 0) sums[warp * a.rows + head] = {top[b][i], total[b][i]};
+      }
+    __syncthreads();
+    const bool split = here.begin < begin || here.end > end;
+    const int slot = 2 * blockIdx.x + (here.begin >= begin);
+    float4* scratch = reinterpret_cast<float4*>(a.partials);
+    float2* scratch_sums = reinterpret_cast<float2*>(scratch + 2 * gridDim.x * a.rows * D4);
+    T* out = static_cast<T*>(a.out) + here.entry * a.out_stride + head0 * D;
+    for (int i = threadIdx.x; i < heads * D4; i += kThreads) {
+      Partial part;
+#pragma unroll
+      for (int w = 0; w < W; ++w) {
+        const float2 sum = sums[w * a.rows + i / D4];
+        merge(part, sum.x, sum.y, shared[w * a.rows * D4 + i]);
+      }
+      if (!split) store_result(out + 4 * i, part);
+      else {
+        scratch[slot * a.rows * D4 + i] = part.value;
+        if (i % D4 == 0) scratch_sums[slot * a.rows + i / D4] = {part.top, part.total};
+      }
+    }
+    __syncthreads();
+    if (split) {  // the CTAs' parts meet
+      const int first = here.begin / stretch, last = (here.end - 1) / stretch;
+      if (threadIdx.x == 0) {
+        __threadfence();
+        is_last = atomicAdd(a.counters + first, 1u) == static_cast<uint32_t>(last - first);
+        if (is_last) a.counters[first] = 0;
+        __threadfence();
+      }
+      __syncthreads();
+      if (is_last) {
+        const int items = heads * D4, lanes = max(kThreads / items, 1);  // lanes: threads that share the parts of an item
+        const int mine = lanes > 1 ? threadIdx.x / items : 0;
+        for (int i = lanes > 1 ? threadIdx.x % items : threadIdx.x; i < items && mine < lanes; i += kThreads) {
+          Partial part;
+          constexpr int kBatch = 8;  // asked for together
+          for (int cta = first + mine; cta <= last; cta += kBatch * lanes) {
+            float2 sum[kBatch];
+            float4 value[kBatch];
+#pragma unroll
+            for (int n = 0; n < kBatch; ++n) {
+              const int from = 2 * (cta + n * lanes) + (cta + n * lanes == first);
+              const bool there = cta + n * lanes <= last;
+              sum[n] = there ? __ldcg(scratch_sums + from * a.rows + i / D4) : float2{kNegInf, 0};
+              value[n] = there ? __ldcg(scratch + from * a.rows * D4 + i) : float4{0, 0, 0, 0};
+            }
+#pragma unroll
+            for (int n = 0; n < kBatch; ++n) merge(part, sum[n].x, sum[n].y, value[n]);
+          }
+          if (lanes == 1) store_result(out + 4 * i, part);
+          else {
+            shared[threadIdx.x] = part.value;
+            reinterpret_cast<float2*>(shared + kThreads)[threadIdx.x] = {part.top, part.total};
+          }
+        }
+        if (lanes > 1) {
+          __syncthreads();
+          if (threadIdx.x < items) {
+            Partial part;
+            for (int n = threadIdx.x; n < lanes * items; n += items) {
+              const float2 sum = reinterpret_cast<const float2*>(shared + kThreads)[n];
+              merge(part, sum.x, sum.y, shared[n]);
+            }
+            store_result(out + 4 * threadIdx.x, part);
+          }
+          __syncthreads();
+        }
+      }
+    }
+    if (here.end >= end) return;
+  }
+}
+
+template <class T, int D, int NB, int W, int J>
+void run(const CudaStream& stream, const DecodeArgs& a) {
+  const int64_t smem = 16 * W * (merge_units(a.rows, D) + (kParkQ<D, W> ? NB * D : 0));
+  launch(stream, attention_decode_kernel<T, D, NB, W, J>, dim3(static_cast<uint32_t>(stream.n_sm)), dim3(32 * W), smem, a);
+}
+
+// Query heads of a head block: a group of up to 16 stays together where the accumulators fit the registers.
+int64_t block_rows(int64_t group, int64_t d) {
+  const int64_t most = d <= 128 ? 16 : 8, blocks = (group + most - 1) / most;
+  return (group + blocks - 1) / blocks;
+}
+
+DecodeArgs decode_args(const CudaStream& stream, const Attention& a) {
+  const int64_t d = a.k_pages.shape[3], h_kv = a.k_pages.shape[1], h_q = a.q.shape[1] / d, group = h_q / h_kv, rows = block_rows(group, d);
+  DecodeArgs args{};
+  args.out = a.out.data, args.q = a.q.data, args.k = a.k_pages.data, args.v = a.v_pages.data;
+  args.kv_len = a.kv_len.as<int32_t>(), args.page_table = a.page_table.as<int32_t>();
+  args.partials = a.scratch.as<float>(), args.counters = stream.counters;
+  args.q_stride = a.q.row_stride, args.out_stride = a.out.row_stride, args.table_stride = a.page_table.row_stride;
+  args.n_entry = static_cast<int32_t>(a.kv_len.shape[0]), args.h_kv = static_cast<int32_t>(h_kv), args.group = static_cast<int32_t>(group);
+  args.rows = static_cast<int32_t>(rows), args.n_split = static_cast<int32_t>((group + rows - 1) / rows);
+  args.window = static_cast<int32_t>(std::min<int64_t>(a.window, 1 << 30)), args.scale = a.scale * 1.44269504f;
+  return args;
+}
+
+template <class T>
+void decode(const CudaStream& stream, const DecodeArgs& a, int64_t d) {
+  const bool wide = a.rows > 8;
+  switch (d) {
+    case 64: return wide ? run<T, 64, 2, 8, 1>(stream, a) : run<T, 64, 1, 8, 1>(stream, a);
+    case 80: return wide ? run<T, 80, 2, 8, 1>(stream, a) : run<T, 80, 1, 8, 1>(stream, a);
+    case 96: return wide ? run<T, 96, 2, 8, 1>(stream, a) : run<T, 96, 1, 8, 1>(stream, a);
+    case 128: return wide ? run<T, 128, 2, 8, 1>(stream, a) : run<T, 128, 1, 8, 1>(stream, a);
+    case 256: return run<T, 256, 1, 8, 1>(stream, a);
+  }
+}
+
+}  // namespace
+
+int64_t attention_scratch_bytes(const CudaStream& stream, int64_t n_decode, int64_t h_q, int64_t h_kv, int64_t d_head) {
+  return n_decode == 0 ? 0 : 2 * stream.n_sm * block_rows(h_q / h_kv, d_head) * (d_head + 2) * 4;
+}
+
+void attention_decode(const CudaStream& stream, const Attention& a) {
+  const int64_t d = a.k_pages.shape[3];
+  const DType type = a.k_pages.dtype;
+  const auto aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.row_stride % 8 == 0; };
+  const bool fast = type != DType::f32 && (d == 64 || d == 80 || d == 96 || d == 128 || d == 256) && aligned(a.q) && aligned(a.out) &&
+                    aligned(a.k_pages) && aligned(a.v_pages);
+  if (a.kv_len.shape[0] == 0) return;
+  if (!fast) return attention_any(stream, a);
+  const DecodeArgs args = decode_args(stream, a);
+  if (type == DType::bf16) decode<bf16>(stream, args, d);
+  else decode<f16>(stream, args, d);
+}
+
+}  // namespace prt::cuda

@@ -1,0 +1,298 @@
+"""The forward pass on a GPU, against the same goldens, against the CPU, and against itself. Single operations are in test_ops.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from goldens.cases import CASES
+from goldens.weights import write_hf_folder
+from test_families import FEW, golden, plain_error
+from tiny import GOLDENS, all_logits, golden_weights, write_tiny_model
+
+import pyruntime
+from pyruntime.errors import AbortedError, DeviceError, OutOfMemoryError, OutOfPagesError
+from pyruntime.sampling import SamplingParams
+from pyruntime.session import Entry, Sampler, Session, Weights
+
+pytestmark = pytest.mark.gpu
+GPU = "cuda:0"
+CASE, N_VOCAB = "qwen3", 96
+
+
+def prompt(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, N_VOCAB, n, dtype=np.int32)
+
+
+def logits_of(result: Any) -> np.ndarray:
+    assert result.logits is not None and np.isfinite(result.logits).all()
+    return np.asarray(result.logits)
+
+
+# ---------------------------------------------------------------- against transformers
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_f32_equals_transformers(case: str, tmp_path: Path) -> None:
+    """The bound of the CPU's test: only the order of additions differs from the golden."""
+    weights = golden_weights(write_hf_folder(GOLDENS / case, tmp_path / case, "f32"), device=GPU)
+    error = np.abs(all_logits(Session(weights, max_context=CASES[case].n_tok), golden(case)[0]) - golden(case)[1])
+    assert error.max() <= min(1e-3, 3 * plain_error(case, "f32").max())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("case", FEW)
+def test_half_precision_is_as_good_as_its_rounding(case: str, dtype: Any, tmp_path: Path) -> None:
+    """The yardstick rounds what enters a product. A GPU also keeps what comes out of one in that type (q, k and v before their rotation,
+    the attention's weights): about twice as many roundings of the same size, in independent places, so sqrt(2) times the error."""
+    weights = golden_weights(write_hf_folder(GOLDENS / case, tmp_path / case, dtype), device=GPU)
+    error = np.abs(all_logits(Session(weights, max_context=CASES[case].n_tok), golden(case)[0]) - golden(case)[1])
+    plain = plain_error(case, dtype)
+    assert error.mean() <= 1.3 * 2**0.5 * plain.mean()
+    assert error.max() <= 2.0 * 2**0.5 * plain.max()
+
+
+# ---------------------------------------------------------------- sessions
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf_folder(GOLDENS / CASE, tmp_path_factory.mktemp("cuda") / CASE, "f32")
+
+
+@pytest.fixture(scope="module")
+def exact(folder: Path) -> Weights:
+    """In f32, so that what differs is a mistake and not rounding."""
+    return golden_weights(folder, device=GPU)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Iterator[Session]:
+    """The CPU."""
+    session = Session(golden_weights(folder), threads=2)
+    yield session
+    session.close()
+
+
+def assert_same(got: np.ndarray, want: np.ndarray) -> None:
+    """f32 against f32 in another order: 3 times what plain numpy was off by in the golden of this model."""
+    assert np.abs(got - want).max() <= 6 * plain_error(CASE, "f32").max()
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 7, 64, 512])
+def test_prefill_and_decode_rows_mix(exact: Weights, expected: Session, max_batch_tokens: int) -> None:
+    lengths, past = [130, 1, 64, 65, 2, 1, 7, 63], [0, 70, 0, 100, 64, 129, 1, 65]
+    prompts = [prompt(p + n, seed) for seed, (p, n) in enumerate(zip(past, lengths, strict=True))]
+    session = Session(exact, n_page=64, max_batch_tokens=max_batch_tokens)
+    seqs = [session.create_sequence() for _ in prompts]
+    for seq, ids, p in zip(seqs, prompts, past, strict=True):
+        if p:
+            session.step([Entry(seq, ids[:p])])
+    logits = logits_of(session.step([Entry(s, ids[p:]) for s, ids, p in zip(seqs, prompts, past, strict=True)], logits="all"))
+    assert_same(logits, np.concatenate([all_logits(expected, ids)[p:] for ids, p in zip(prompts, past, strict=True)]))
+    assert [session.length(s) for s in seqs] == [len(ids) for ids in prompts]
+
+
+def test_decode_in_a_graph(exact: Weights, expected: Session) -> None:
+    """Token by token across page boundaries, one to five sequences of different lengths: first launched, then recorded, then replayed while
+    lengths and pages change; sequences come and go."""
+    session = Session(exact, n_page=64)
+    texts = [prompt(150, seed) for seed in range(5)]
+    want = [all_logits(expected, ids) for ids in texts]
+    seqs = []
+    for i, ids in enumerate(texts):
+        seqs.append(session.create_sequence())
+        session.step([Entry(seqs[i], ids[: 10 + 13 * i])])
+    for n in (1, 3, 5, 2, 5, 1):
+        for _ in range(14):
+            entries = [Entry(s, [ids[session.length(s)]]) for s, ids in zip(seqs[:n], texts[:n], strict=True)]
+            at = [session.length(s) for s in seqs[:n]]
+            assert_same(logits_of(session.step(entries, logits="last")), np.stack([w[t] for w, t in zip(want, at, strict=False)]))
+
+
+def test_many_sequences(exact: Weights, expected: Session) -> None:
+    """More entries than a chunk takes on a GPU (256), more than a block of logits (64), more than a graph (64)."""
+    session = Session(exact, n_page=400)
+    seqs = [session.create_sequence() for _ in range(300)]
+    logits = logits_of(session.step([Entry(s, prompt(1 + i % 5, i)) for i, s in enumerate(seqs)], logits="last"))
+    again = logits_of(session.step([Entry(s, prompt(1, 1000 + i)) for i, s in enumerate(seqs)], logits="last"))
+    for i in (0, 1, 63, 64, 200, 255, 256, 299):
+        want = all_logits(expected, np.append(prompt(1 + i % 5, i), prompt(1, 1000 + i)))
+        assert_same(np.stack([logits[i], again[i]]), want[-2:])
+
+
+def test_fork_truncate_and_free(exact: Weights, expected: Session) -> None:
+    session = Session(exact, n_page=32)
+    common, a, b = prompt(100), prompt(70, 1), prompt(5, 2)
+    first = session.create_sequence()
+    session.step([Entry(first, common)])
+    second = session.fork(first)
+    got = logits_of(session.step([Entry(first, a), Entry(second, b)], logits="last"))
+    assert_same(got, np.stack([all_logits(expected, np.append(common, tail))[-1] for tail in (a, b)]))
+    assert session.stats()["n_page_copy"] == 1
+    session.truncate(first, 64)
+    session.free_sequence(second)
+    got = logits_of(session.step([Entry(first, b)], logits="last"))
+    assert_same(got, all_logits(expected, np.append(common[:64], b))[-1:])
+    session.free_sequence(first)
+    assert session.stats()["n_page_free"] == session.stats()["n_page"]
+
+
+def test_scores_and_samples(exact: Weights, expected: Session) -> None:
+    """Targets, greedy and drawn tokens, their log-probabilities and the most likely tokens, penalties and bias: as on the CPU."""
+    ids = prompt(200)
+    targets = np.append(ids[1:], -1).astype(np.int32)
+    results = []
+    for session in (expected, Session(exact)):
+        seq = session.create_sequence()
+        scored = session.step([Entry(seq, ids)], targets=targets).target_logprobs
+        samplers = [
+            Sampler(SamplingParams(temperature=0.0), N_VOCAB, seed=1),
+            Sampler(SamplingParams(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.3, logit_bias={5: 3.0, 7: -1.0}), N_VOCAB, seed=2),
+            Sampler(SamplingParams(temperature=1.3, min_p=0.02, presence_penalty=0.5, frequency_penalty=0.2), N_VOCAB, seed=3),
+        ]
+        for s in samplers:
+            s.accept(ids.tolist(), is_prompt=True)
+        seqs = [session.fork(seq) for _ in samplers]
+        tokens, logprobs, tops = [[5], [6], [7]], [], []
+        for _ in range(12):
+            r = session.step([Entry(s, [t[-1]], p) for s, t, p in zip(seqs, tokens, samplers, strict=True)], logprobs=True, n_top=4)
+            for t, new in zip(tokens, r.sampled, strict=True):
+                t.append(new)
+            logprobs.append(r.logprobs)
+            tops.append((r.top_ids, r.top_logprobs))
+        results.append((scored, tokens, np.stack(logprobs), np.stack([t for t, _ in tops]), np.stack([p for _, p in tops])))
+        for s in (seq, *seqs):
+            session.free_sequence(s)
+    (cpu_scores, cpu_tokens, cpu_logprobs, cpu_top, cpu_top_p), (scores, tokens, logprobs, top, top_p) = results
+    assert_same(scores, cpu_scores)
+    assert tokens == cpu_tokens
+    assert_same(logprobs, cpu_logprobs)
+    assert (top == cpu_top).all()
+    assert_same(top_p, cpu_top_p)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
+def test_the_same_bits_every_time(dtype: Any, tmp_path: Path) -> None:
+    weights = golden_weights(write_hf_folder(GOLDENS / CASE, tmp_path / CASE, dtype), device=GPU)
+    runs = []
+    for _ in range(3):
+        session = Session(weights, n_page=200)
+        seqs = [session.create_sequence() for _ in range(9)]
+        out = [logits_of(session.step([Entry(s, prompt(1 + 37 * i, i)) for i, s in enumerate(seqs)], logits="all"))]
+        out += [logits_of(session.step([Entry(s, prompt(1, 10 * i + t)) for i, s in enumerate(seqs)], logits="last")) for t in range(8)]
+        runs.append(np.concatenate(out))
+        session.close()
+    assert np.array_equal(runs[0], runs[1]) and np.array_equal(runs[0], runs[2])
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def test_an_aborted_step_changes_nothing(exact: Weights, expected: Session) -> None:
+    session = Session(exact, n_page=64, max_batch_tokens=1)
+    ids = prompt(100)
+    seq = session.create_sequence()
+    session.step([Entry(seq, ids)])
+    session.on_progress = lambda done, total: session.abort()
+    with pytest.raises(AbortedError):
+        for _ in range(20):  # a step that is over within 20 ms may finish
+            session.step([Entry(seq, prompt(400, 1))])
+            session.truncate(seq, 100)
+    session.on_progress = None
+    assert session.length(seq) == 100
+    assert_same(logits_of(session.step([Entry(seq, [5])], logits="last")), all_logits(expected, np.append(ids, 5))[-1:])
+
+
+def test_out_of_pages(exact: Weights, expected: Session) -> None:
+    session = Session(exact, n_page=3)
+    seq = session.create_sequence()
+    session.step([Entry(seq, prompt(100))])
+    with pytest.raises(OutOfPagesError, match="needs 3 KV pages of 64 tokens, 1 of 3 are free"):
+        session.step([Entry(seq, prompt(200, 1))])
+    assert_same(logits_of(session.step([Entry(seq, [5])], logits="last")), all_logits(expected, np.append(prompt(100), 5))[-1:])
+
+
+def test_too_large_for_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked for, what is free and what would fit; and nothing is left behind."""
+    big = write_tiny_model(tmp_path / "big", max_position_embeddings=1 << 24)
+    with monkeypatch.context() as m:
+        m.setattr("pyruntime.model._KEEP_FREE", 1 << 50)  # as if others had taken the GPU
+        with pytest.raises(OutOfMemoryError, match=r"max_context \d+ needs \d+ MiB of KV cache; \d+ MiB are free on cuda:0.* that fits is 0"):
+            pyruntime.Model(big, device=GPU, max_context=1 << 24)
+    weights = golden_weights(big, device=GPU)
+    with pytest.raises(OutOfMemoryError, match=r"a KV cache of \d+ pages .* needs \d+ MiB .* are free on cuda:0, which fits \d+ tokens"):
+        Session(weights, max_context=1 << 24, n_page=1 << 24)
+    with pyruntime.Model(write_tiny_model(tmp_path / "tiny"), device=GPU) as model:
+        assert len(model.generate("Hello", max_tokens=4, ignore_eos=True).token_ids) == 4
+
+
+def test_missing_device(tmp_path: Path) -> None:
+    tiny = write_tiny_model(tmp_path / "tiny")
+    with pytest.raises(DeviceError, match=r"device 'cuda:99': .*available: cpu, cuda:0"):
+        pyruntime.Model(tiny, device="cuda:99")
+
+
+def test_two_models_at_once(tmp_path: Path) -> None:
+    """One process, models on every GPU there is and on the CPU, used in turn and from two threads."""
+    tiny = write_tiny_model(tmp_path / "tiny")
+    gpus = [d.id.decode() for d in pyruntime._lib.devices() if d.is_cuda and d.usable]
+    models = [pyruntime.Model(tiny, device=d) for d in ("cpu", GPU, *gpus)]
+    texts = [m.generate("Hello", temperature=0, max_tokens=16, ignore_eos=True).token_ids for m in models]
+    again = [m.generate("Hello", temperature=0, max_tokens=16, ignore_eos=True).token_ids for m in models]
+    assert texts == again and all(t == texts[1] for t in texts[1:])
+    for m in models:
+        m.close()
+
+
+# ---------------------------------------------------------------- the real model
+
+
+@pytest.fixture(scope="module")
+def real(smollm2_gguf: Path) -> Iterator[pyruntime.Model]:
+    with pyruntime.Model(smollm2_gguf, device=GPU) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def real_cpu(smollm2_gguf: Path) -> Iterator[pyruntime.Model]:
+    with pyruntime.Model(smollm2_gguf, device="cpu") as model:
+        yield model
+
+
+def test_perplexity(real: pyruntime.Model, real_cpu: pyruntime.Model, text: str) -> None:
+    ids = real.tokenize(text)[:4096]
+    assert real.perplexity(ids) == pytest.approx(real_cpu.perplexity(ids), rel=0.005)
+
+
+def test_greedy_text_equals_the_cpu(real: pyruntime.Model, real_cpu: pyruntime.Model, text: str, record_property: Any) -> None:
+    """64 tokens on 20 prompts. Both sides round to bf16 in different places, so where two tokens are within that noise the texts may part:
+    at the first difference the CPU's own logits of the two tokens must be that close. The noise is measured on the spot."""
+    ids = real.tokenize(text)
+    prompts = [ids[500 * i : 500 * i + 20 + 23 * i] for i in range(20)]
+    gpu = [real.generate(p, temperature=0, max_tokens=64, ignore_eos=True).token_ids for p in prompts]
+    cpu = [real_cpu.generate(p, temperature=0, max_tokens=64, ignore_eos=True).token_ids for p in prompts]
+    noise = np.abs(real.logits(prompts[9]) - real_cpu.logits(prompts[9])).max()
+    parted = []
+    for i, (g, c) in enumerate(zip(gpu, cpu, strict=True)):
+        if g == c:
+            continue
+        at = next(k for k in range(64) if g[k] != c[k])
+        row = real_cpu.logits(prompts[i] + c[:at])[-1]
+        gap = float(row[c[at]] - row[g[at]])
+        parted.append((i, at, gap))
+        assert 0 <= gap <= 2 * noise, f"prompt {i} parts at token {at}: the CPU's logits differ by {gap}, the noise is {noise}"
+    record_property("parted", parted)
+    assert len(parted) <= 10, parted
+
+
+def test_a_batch_answers_like_single_prompts(real: pyruntime.Model, text: str) -> None:
+    ids = real.tokenize(text)
+    prompts = [ids[300 * i : 300 * i + 40 + 61 * i] for i in range(8)]
+    alone = [real.perplexity(p) for p in prompts]
+    texts = real.generate(prompts, temperature=0, max_tokens=32, ignore_eos=True)
+    assert len(texts) == 8 and all(len(t.token_ids) == 32 for t in texts)
+    assert [real.perplexity(p) for p in prompts] == alone
