@@ -4,10 +4,11 @@
     prt-bench -c llama3.1-8b -p 0 -n 64 -d 2048,131072 -b 1,8,32 -r 3 -q --out long.json
     python bench/peers/llama_cpp_cuda.py --work DIR --out llama.json
     python bench/peers/flashinfer_attention.py --out flashinfer.json
-    python bench/gpu_report.py --prt-bench short.json long.json --llama llama.json --flashinfer flashinfer.json
+    python bench/load_time.py FOLDER --out load.json
+    python bench/gpu_report.py --prt-bench short.json long.json --llama llama.json --flashinfer flashinfer.json --load-time load.json
 
 Of rows that several files have, the last one's count; all files must be of the same commit. --more FILE adds figures that none of these
-programs makes: a JSON object, in which "first_token_seconds" and "wheel_bytes" are targets too.
+programs makes, as a JSON object; its "wheel_bytes" is a target too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 Json = dict[str, Any]
@@ -76,6 +78,10 @@ class Figures:
         beyond = self.result.get("memory", {}).get("beyond_weights_and_kv")
         return beyond / 2**20 if beyond else None
 
+    def first_token_seconds(self) -> float | None:
+        runs = [float(run["first_token_seconds"]) for run in self.result.get("load_time", {}).get("runs", [])]
+        return median(runs) if runs else None
+
     def more(self, key: str, scale: float = 1.0) -> float | None:
         value = self.result.get("more", {}).get(key)
         return None if value is None else float(value) / scale
@@ -106,7 +112,7 @@ TARGETS = [
     Target("prefill attention, causal, 8192", "TFLOP/s", 380, 620, lambda f: f.tflops("attention_prefill 8192")),
     Target("prefill attention, causal, 32768", "TFLOP/s", 380, 690, lambda f: f.tflops("attention_prefill 32768")),
     Target("matrix product 8192 x 4096 x 14336", "TFLOP/s", 600, 0.95 * 780, lambda f: f.tflops("linear 8192 x 4096 x 14336")),
-    Target("Model(...) to the first token, 16 GB in the page cache", "s", 8, 4, lambda f: f.more("first_token_seconds"), True),
+    Target("Model(...) to the first token, 16 GB in the page cache", "s", 8, 4, Figures.first_token_seconds, True),
     Target("memory beyond weights and KV", "MiB", 600, 300, Figures.beyond_mib, True),
     Target("wheel with all architectures", "MB", 60, 30, lambda f: f.more("wheel_bytes", 1e6), True),
 ]
@@ -160,7 +166,7 @@ def gather(args: argparse.Namespace) -> Json:
             result["memory"] = run["memory"]
         result["tests"] = merged(result.get("tests", []), run["tests"], lambda t: t["test"])
         result["ops"] = merged(result.get("ops", []), run["ops"], lambda o: (o["group"], o["op"], o["shape"]))
-    for field, path in (("llama_cpp", args.llama), ("flashinfer", args.flashinfer)):
+    for field, path in (("llama_cpp", args.llama), ("flashinfer", args.flashinfer), ("load_time", args.load_time)):
         if path:
             result[field] = json.loads(path.read_text())
     for path in args.more:
@@ -175,11 +181,12 @@ def main() -> int:
     parser.add_argument("--prt-bench", type=Path, nargs="+", required=True, metavar="JSON", help="written by prt-bench --out")
     parser.add_argument("--llama", type=Path, metavar="JSON", help="written by peers/llama_cpp_cuda.py")
     parser.add_argument("--flashinfer", type=Path, metavar="JSON", help="written by peers/flashinfer_attention.py")
+    parser.add_argument("--load-time", type=Path, metavar="JSON", help="written by load_time.py")
     parser.add_argument("--more", type=Path, nargs="*", default=[], metavar="JSON", help="other figures")
     parser.add_argument("--commit", help="that was measured (what prt-bench was built from)")
     parser.add_argument("--out", type=Path, help="the result (bench/results/<gpu>.json)")
     args = parser.parse_args()
-    for path in [*args.prt_bench, *args.more, *filter(None, (args.llama, args.flashinfer))]:
+    for path in [*args.prt_bench, *args.more, *filter(None, (args.llama, args.flashinfer, args.load_time))]:
         if not path.is_file():
             parser.error(f"{path} does not exist")
     machine = json.loads(args.prt_bench[0].read_text()).get("machine", {}).get("name", "gpu")

@@ -37,7 +37,7 @@ class Model:
     dtype: of weights and KV: "auto" (the file's own; bf16 for quantised files), "bf16", "f16" or "f32".
     max_context: most tokens of one sequence, prompt included; None: the model's own, or what fits the memory with 1 GiB left.
     attention: decode attention policy; this version has "full".
-    threads: CPU threads; None: PYRUNTIME_THREADS, else one per physical core.
+    threads: CPU threads; None: PYRUNTIME_THREADS, else one per physical core. Without effect on a GPU.
     progress: show download, loading and the reading of long prompts on stderr.  offline: use only what is on disk.
 
     Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, DeviceError, OutOfMemoryError, InvalidArgumentError.

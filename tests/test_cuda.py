@@ -151,7 +151,9 @@ def test_scores_and_samples(exact: Weights, expected: Session) -> None:
         scored = session.step([Entry(seq, ids)], targets=targets).target_logprobs
         samplers = [
             Sampler(SamplingParams(temperature=0.0), N_VOCAB, seed=1),
-            Sampler(SamplingParams(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.3, logit_bias={5: 3.0, 7: -1.0}), N_VOCAB, seed=2),
+            Sampler(
+                SamplingParams(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.3, logit_bias={5: 3.0, 7: -1.0}), N_VOCAB, seed=2
+            ),
             Sampler(SamplingParams(temperature=1.3, min_p=0.02, presence_penalty=0.5, frequency_penalty=0.2), N_VOCAB, seed=3),
         ]
         for s in samplers:
@@ -221,7 +223,9 @@ def test_too_large_for_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     big = write_tiny_model(tmp_path / "big", max_position_embeddings=1 << 24)
     with monkeypatch.context() as m:
         m.setattr("pyruntime.model._KEEP_FREE", 1 << 50)  # as if others had taken the GPU
-        with pytest.raises(OutOfMemoryError, match=r"max_context \d+ needs \d+ MiB of KV cache; \d+ MiB are free on cuda:0.* that fits is 0"):
+        with pytest.raises(
+            OutOfMemoryError, match=r"max_context \d+ needs \d+ MiB of KV cache; \d+ MiB are free on cuda:0.* that fits is 0"
+        ):
             pyruntime.Model(big, device=GPU, max_context=1 << 24)
     weights = golden_weights(big, device=GPU)
     with pytest.raises(OutOfMemoryError, match=r"a KV cache of \d+ pages .* needs \d+ MiB .* are free on cuda:0, which fits \d+ tokens"):

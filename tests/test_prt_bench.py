@@ -195,14 +195,10 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     llama = {"rows": [{"test": "pp512", "ours": {"tok_s_mean": 30000.0}, "theirs": {"tok_s_mean": 24000.0}, "ratio": 1.25}]}
     out = tmp_path / "h200.json"
     arguments = ["--prt-bench", write("a.json", short), write("b.json", head | {"memory": {}, "tests": [], "ops": ops}), "--out", str(out)]
-    arguments += [
-        "--llama",
-        write("l.json", llama),
-        "--flashinfer",
-        write("f.json", peer),
-        "--more",
-        write("m.json", {"wheel_bytes": 70e6}),
-    ]
+    load = {"runs": [{"first_token_seconds": seconds} for seconds in (3.0, 9.0, 3.5)]}
+    more = [("--llama", llama), ("--flashinfer", peer), ("--load-time", load), ("--more", {"wheel_bytes": 70e6})]
+    for option, value in more:
+        arguments += [option, write(f"{option[2:]}.json", value)]
     monkeypatch.setattr(sys, "argv", ["gpu_report.py", *arguments])
     assert gpu_report.main() == 0
     targets = {t["what"]: t for t in json.loads(out.read_text())["targets"]}
@@ -213,6 +209,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert worst["verdict"] == "FAIL" and worst["value"] == pytest.approx(1.1)
     assert verdicts["matrix product 8192 x 4096 x 14336"] == verdicts["prefill pp512 over llama.cpp"] == "pass"
     assert verdicts["memory beyond weights and KV"] == "pass" and verdicts["wheel with all architectures"] == "FAIL"
+    assert targets["Model(...) to the first token, 16 GB in the page cache"]["verdict"] == "aim"
     assert "| 1 x 8192 | 9.0 | 10.0 | 0.90 |" in capsys.readouterr().out
     monkeypatch.setattr(
         sys, "argv", ["gpu_report.py", "--prt-bench", str(tmp_path / "a.json"), write("c.json", short | {"commit": "other"})]

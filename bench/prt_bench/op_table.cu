@@ -130,7 +130,7 @@ class OpTable {
         a.norm = random(DType::f32, 0.1f, 1, n_in);
         a.norm_eps = 1e-5f;
       }
-      a.scratch = scratch(prt::linear_scratch_bytes(b_, n, n_in, n_out, kind.gated));
+      a.scratch = scratch(prt::linear_scratch_bytes(b_, n, n_in, n_out, kind.norm, kind.gated));
       return Launches{sets, [=, this](int64_t i) mutable {
                         a.weight = weights.rows(i % sets * n_out, n_out);
                         prt::linear(b_, a);

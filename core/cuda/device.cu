@@ -101,8 +101,8 @@ Buffer device_buffer(int32_t device, int64_t bytes, const char* what) {
   if (const cudaError_t e = cudaMalloc(&data, static_cast<size_t>(bytes)); e != cudaSuccess) {
     cudaGetLastError();
     if (e != cudaErrorMemoryAllocation) fail(PRT_DEVICE_ERROR, what, ": ", cudaGetErrorString(e));
-    fail(PRT_OUT_OF_MEMORY, what, " needs ", bytes, " bytes (", bytes >> 20, " MiB) on cuda:", device, "; ", device_memory_free(device), " bytes (",
-         device_memory_free(device) >> 20, " MiB) are free");
+    fail(PRT_OUT_OF_MEMORY, what, " needs ", bytes, " bytes (", bytes >> 20, " MiB) on cuda:", device, "; ", device_memory_free(device),
+         " bytes (", device_memory_free(device) >> 20, " MiB) are free");
   }
   return Buffer(static_cast<char*>(data), bytes, [](const Buffer& b) { cudaFree(b.data()); });
 }
@@ -144,8 +144,9 @@ void copy_to_device(const CudaStream& s, void* dst, const void* src, int64_t byt
 
 void copy_rows_to_device(const CudaStream& s, void* dst, const void* src, int64_t row_bytes, int64_t pitch, int64_t n_row) {
   const auto n = static_cast<size_t>(pitch);
-  cuda_check(cudaMemcpy2DAsync(dst, n, src, n, static_cast<size_t>(row_bytes), static_cast<size_t>(n_row), cudaMemcpyHostToDevice, s.handle),
-             "a copy to the device");
+  cuda_check(
+      cudaMemcpy2DAsync(dst, n, src, n, static_cast<size_t>(row_bytes), static_cast<size_t>(n_row), cudaMemcpyHostToDevice, s.handle),
+      "a copy to the device");
 }
 
 void copy_to_host(const CudaStream& s, void* dst, const void* src, int64_t bytes) {

@@ -2,7 +2,8 @@
 //
 // On sm_90 and newer a kernel may begin before the one queued ahead of it has finished (programmatic dependent launch), so that its
 // own start-up and its first reads of constant memory (weights) overlap the other's tail. Two rules make that safe:
-//   1. pdl_wait() comes before the first read of anything that a kernel has written, and before the first write of anything.
+//   1. pdl_wait() comes before the first read of anything that a kernel has written, and before the first write of anything. What only
+//      copies from the host write (lengths, page tables, tokens) may be read earlier: a copy is over before any kernel behind it starts.
 //   2. pdl_launch() may come any time after that; calling it early only lets the next kernel's start-up overlap.
 #pragma once
 #include <cuda_runtime.h>
@@ -22,7 +23,8 @@ template <class... Params, class... Args>
 void launch(const CudaStream& s, void (*kernel)(Params...), dim3 grid, dim3 block, int64_t smem, Args... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (smem > 48 << 10)
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)), "shared memory of a kernel");
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),
+               "shared memory of a kernel");
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

@@ -23,27 +23,24 @@ __device__ __forceinline__ T warp_max(T x) {
   return x;
 }
 
-// Every thread gets the sum of a block of whole warps (kThreads of them, where that is known). `room`: 32 values of shared memory, free
-// again after the next barrier.
-template <int kThreads = 0, class T>
+// Every thread gets the sum of a block of whole warps. `room`: 32 values of shared memory, free again after the next barrier.
+template <class T>
 __device__ __forceinline__ T block_sum(T x, T* room) {
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
   __syncthreads();
   T total = room[0];
-#pragma unroll
-  for (unsigned w = 1; w < (kThreads ? kThreads : blockDim.x) / 32; ++w) total += room[w];
+  for (unsigned w = 1; w < blockDim.x / 32; ++w) total += room[w];
   return total;
 }
 
-template <int kThreads = 0, class T>
+template <class T>
 __device__ __forceinline__ T block_max(T x, T* room) {
   x = warp_max(x);
   if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
   __syncthreads();
   T top = room[0];
-#pragma unroll
-  for (unsigned w = 1; w < (kThreads ? kThreads : blockDim.x) / 32; ++w) top = room[w] > top ? room[w] : top;
+  for (unsigned w = 1; w < blockDim.x / 32; ++w) top = room[w] > top ? room[w] : top;
   return top;
 }
 

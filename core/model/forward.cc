@@ -17,9 +17,10 @@ Activations Activations::take(Arena& arena, const Backend& b, const ModelConfig&
   a.ff = network.take(act, n, c.d_ff);
   a.logits = output.take(DType::f32, n_logit, c.n_vocab);
   arena.skip(std::max({attention.used(), network.used(), output.used()}));
-  const int64_t linear_bytes = std::max(
-      {linear_scratch_bytes(b, n, c.d_model, c.qkv_size(), false), linear_scratch_bytes(b, n, c.q_size(), c.d_model, false),
-       linear_scratch_bytes(b, n, c.d_model, 2 * int64_t{c.d_ff}, true), linear_scratch_bytes(b, n, c.d_ff, c.d_model, false)});
+  const int64_t linear_bytes = std::max({linear_scratch_bytes(b, n, c.d_model, c.qkv_size(), true, false),
+                                         linear_scratch_bytes(b, n, c.q_size(), c.d_model, false, false),
+                                         linear_scratch_bytes(b, n, c.d_model, 2 * int64_t{c.d_ff}, true, true),
+                                         linear_scratch_bytes(b, n, c.d_ff, c.d_model, false, false)});
   a.linear_scratch = arena.take(DType::f32, linear_bytes / 4);
   a.attention_scratch = arena.take(DType::f32, attention_scratch_bytes(b, n_decode, max_context, c.h_q, c.h_kv, c.d_head) / 4);
   return a;
@@ -39,7 +40,13 @@ void forward(const Backend& b, const ModelConfig& c, const Weights& w, const Rop
     const LayerWeights& l = w.layers[static_cast<size_t>(i)];
     const Tensor &k_pages = kv.k[static_cast<size_t>(i)], &v_pages = kv.v[static_cast<size_t>(i)];
 
-    linear(b, {.out = qkv, .x = x, .weight = l.qkv, .bias = l.qkv_bias, .norm = l.attn_norm, .norm_eps = c.norm_eps, .scratch = act.linear_scratch});
+    linear(b, {.out = qkv,
+               .x = x,
+               .weight = l.qkv,
+               .bias = l.qkv_bias,
+               .norm = l.attn_norm,
+               .norm_eps = c.norm_eps,
+               .scratch = act.linear_scratch});
     rope_kv_write(b, {qkv, l.q_norm, l.k_norm, c.norm_eps, cos_sin, rows.slots, k_pages, v_pages, c.h_q});
     const auto attention_over = [&](const Rows::Part& part, int64_t begin, int64_t n_row) {
       return Attention{attn.rows(begin, n_row),

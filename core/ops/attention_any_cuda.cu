@@ -94,9 +94,18 @@ __global__ void __launch_bounds__(kThreads) attention_any_kernel(T* out, const T
 
 void attention_any(const CudaStream& s, const Attention& a) {
   const int64_t d = a.k_pages.shape[3], h_kv = a.k_pages.shape[1], n_tok = a.q.shape[0], h_q = a.q.shape[1] / d;
-  const Params p{a.q_begin.as<int32_t>(), a.kv_len.as<int32_t>(), a.page_table.as<int32_t>(), a.page_table.shape[1], a.q.row_stride,
-                 a.out.row_stride, static_cast<int32_t>(a.kv_len.shape[0]), static_cast<int32_t>(h_kv), static_cast<int32_t>(h_q / h_kv),
-                 static_cast<int32_t>(d), static_cast<int32_t>(std::min<int64_t>(a.window, 1 << 30)), a.scale,
+  const Params p{a.q_begin.as<int32_t>(),
+                 a.kv_len.as<int32_t>(),
+                 a.page_table.as<int32_t>(),
+                 a.page_table.shape[1],
+                 a.q.row_stride,
+                 a.out.row_stride,
+                 static_cast<int32_t>(a.kv_len.shape[0]),
+                 static_cast<int32_t>(h_kv),
+                 static_cast<int32_t>(h_q / h_kv),
+                 static_cast<int32_t>(d),
+                 static_cast<int32_t>(std::min<int64_t>(a.window, 1 << 30)),
+                 a.scale,
                  d * dtype_size(a.k_pages.dtype) % 16 == 0 && reinterpret_cast<uintptr_t>(a.k_pages.data) % 16 == 0};
   with_dtype(a.k_pages.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -1,18 +1,21 @@
 // Decode attention: one query row per entry over paged keys, at the speed of reading them once.
 //
-// Work. The visible keys of an entry are cut into slices of 16 J keys (a slice lies in one page). All slices of all (entry, head block)
-// pairs stand in one line; CTA b takes the b-th stretch of it. A head block is the up to 8 NB query heads that share a kv head (more
-// than that: several blocks, each reading the keys again). Lengths are read on the device, so a captured launch serves growing contexts.
+// Work. The visible keys of an entry are cut into slices of 16 J keys (a slice lies in one page). A head block is the up to 8 NB query
+// heads that share a kv head (more than that: several blocks, each reading the keys again). The slices of all (entry, head block) pairs,
+// the segments, stand in one line, and CTA b takes the b-th stretch of it. Lengths are read on the device: a captured launch serves
+// growing contexts.
 //
 // Inside a CTA the warps take slices in turn, each alone: from device memory straight into the registers that the tensor cores read,
-// the next slice's loads on their way while this one is computed. No shared memory and no barrier until a stretch leaves a head block.
+// the next slice's loads on their way while this one is computed. No shared memory and no barrier until a stretch leaves a segment.
 //   S^T [keys][heads] = K Q^T    M = 16 keys, so that the 8 columns of a tile hold the heads of a group, not the 16 rows
 //   O^T [d][heads]    = V^T P^T  M = 16 of d; P^T comes from S^T by a transposition in registers
 // The order of d in the first product's sum, and of the rows in the second's result, is free: it is chosen so that every thread reads
 // 16 bytes of a row (K: the 4 lanes of a row 64 bytes together, V: the 8 lanes 128 bytes).
 //
-// Merging. The warps' (max, sum, accumulator) meet in shared memory; a head block cut between CTAs goes to scratch, and the last CTA
-// to arrive adds the parts up in the order of the CTAs.
+// Merging. The warps' (max, sum, accumulator) meet in shared memory; a segment cut between CTAs goes to scratch, and the last CTA to
+// arrive adds the parts up in the order of the CTAs.
+//
+// docs/kernels/attention_decode.md has the measurements, and what lost.
 #include <algorithm>
 
 #include "cuda/launch.cuh"
@@ -40,12 +43,13 @@ struct DecodeArgs {
   float scale;                // times log2(e)
 };
 
-// A head block of an entry, and its stretch [begin, end) of the line of slices.
+// A head block of an entry, and its place [begin, end) in the line of slices.
 struct Segment {
   int entry, kv_head, part, begin, end;
   int low, high;  // visible keys
 };
 
+// Where slices come from: the pages of each entry.
 template <int kKeys>
 struct Pages {
   const DecodeArgs& a;
@@ -76,17 +80,51 @@ struct Pages {
   __device__ int row(const Segment& s, int slice) const { return s.kv_head * kPage + key(s, slice) % kPage; }
 };
 
-// Every warp for itself: the stretch of this CTA and the segment it starts in. Returns false where there is nothing to do.
+struct Stretch {
+  int begin, end, length;  // length: of a whole stretch
+};
+
+// Every warp for itself: the stretch of this CTA and the segment it starts in. False where there is nothing to do.
+//
+// A change of segment inside a CTA costs 2 us (queries to load, sums to merge) and a merge across CTAs as much, so stretches are fitted to
+// segments where that leaves few CTAs idle: with fewer segments than CTAs each gets CTAs of its own (its place in the line is rounded up
+// to whole stretches), and with equal lengths each CTA gets whole segments.
 template <int kKeys>
-__device__ bool first_segment(const Pages<kKeys>& source, int at_least, Segment& s, int& begin, int& end, int& stretch) {
+__device__ bool find_stretch(const Pages<kKeys>& source, int at_least, Segment& s, Stretch& stretch) {
   const DecodeArgs& a = source.a;
-  const int lane = threadIdx.x % 32, per_lane = (a.n_entry + 31) / 32;
+  const int lane = threadIdx.x % 32, per_lane = (a.n_entry + 31) / 32, n_block = a.h_kv * a.n_split, n_cta = static_cast<int>(gridDim.x);
   const int e0 = min(lane * per_lane, a.n_entry), e1 = min(e0 + per_lane, a.n_entry);
+  const auto sum_all = [](int x) { return static_cast<int>(__reduce_add_sync(~0u, static_cast<uint32_t>(x))); };
+  const auto up = [](int x, int by) { return (x + by - 1) / by; };
   int sum = 0, longest = 0;
   for (int e = e0; e < e1; ++e) {
     const int n = source.measure(s, e);
     sum += n;
     longest = max(longest, n);
+  }
+  longest = __reduce_max_sync(~0u, longest);
+  int total = sum_all(sum) * n_block;
+  const int even = up(total, n_cta), n_segment = a.n_entry * n_block;
+  int length = even;
+  bool own = n_segment <= n_cta;
+  if (own) {
+    length = up(longest, n_cta / n_segment);  // enough if all were of the longest
+    if (per_lane == 1)
+      for (int low = even; length - low > even / 16 + 1;) {
+        const int middle = (low + length) / 2;
+        (sum_all(up(sum, middle)) * n_block <= n_cta ? length : low) = middle;
+      }
+    own = length <= even + even / 4 || length <= at_least;
+    if (!own) length = even;
+  } else if (longest * n_segment == total) {
+    const int whole = up(n_segment, n_cta) * longest;
+    if (whole <= even + even / 8) length = whole;
+  }
+  length = max(length, min(longest, at_least));
+  const auto place = [&](int n) { return own ? up(n, length) * length : n; };
+  if (own) {
+    sum = 0;
+    for (int e = e0; e < e1; ++e) sum += place(source.measure(s, e));
   }
   int until = sum;
 #pragma unroll
@@ -94,26 +132,23 @@ __device__ bool first_segment(const Pages<kKeys>& source, int at_least, Segment&
     const int x = __shfl_up_sync(~0u, until, i);
     if (lane >= i) until += x;
   }
-  const int n_block = a.h_kv * a.n_split, total = __shfl_sync(~0u, until, 31) * n_block;
-  longest = __reduce_max_sync(~0u, longest);
-  stretch = max((total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x), min(longest, at_least));
-  begin = static_cast<int>(min(static_cast<int64_t>(blockIdx.x) * stretch, static_cast<int64_t>(total)));
-  end = min(begin + stretch, total);
-  if (begin >= end) return false;
+  total = __shfl_sync(~0u, until, 31) * n_block;
+  if (static_cast<int64_t>(blockIdx.x) * length >= total) return false;
+  const int begin = static_cast<int>(blockIdx.x) * length;
 
   const int owner = __ffs(__ballot_sync(~0u, until * n_block > begin)) - 1;
-  int e = __shfl_sync(~0u, e0, owner), at = __shfl_sync(~0u, until - sum, owner) * n_block;
-  int n = source.measure(s, e);
-  for (; at + n * n_block <= begin; n = source.measure(s, ++e)) at += n * n_block;
-  const int block = (begin - at) / n;
+  int e = __shfl_sync(~0u, e0, owner), at = __shfl_sync(~0u, until - sum, owner) * n_block, n = source.measure(s, e);
+  for (; at + place(n) * n_block <= begin; n = source.measure(s, ++e)) at += place(n) * n_block;
+  const int block = (begin - at) / place(n);
   s.kv_head = block / a.n_split, s.part = block % a.n_split;
-  s.begin = at + block * n;
+  s.begin = at + block * place(n);
   s.end = s.begin + n;
+  stretch = {begin, min(begin + length, own ? s.end : total), length};
   return true;
 }
 
-// 16 keys of K as the A operand of S^T: thread (g, c) holds of rows g and g + 8 the elements 32 i + 8 c ... + 7, which stand for the
-// columns 2c 2c+1 2c+8 2c+9 of two products. Q as the B operand is read the same way.
+// A row of K as part of the A operand of S^T: thread (g, c) holds of rows g and g + 8 the elements 32 i + 8 c ... + 7, which stand for
+// the columns 2c 2c+1 2c+8 2c+9 of two products. Q as the B operand is read the same way.
 template <class T, int D>
 __device__ __forceinline__ void load_row(uint32_t (&r)[D / 8], const T* row, int c) {
 #pragma unroll
@@ -127,7 +162,7 @@ __device__ __forceinline__ void load_row(uint32_t (&r)[D / 8], const T* row, int
   }
 }
 
-// Of a row of V, thread g reads D / 8 elements, by twos; word w holds d_of(g, w) and the one after it, rows g and g + 8 of O^T tile w.
+// Of a row of V, thread g reads D / 8 elements, by twos; word w holds d_of(g, w) and the one after it: rows g and g + 8 of O^T tile w.
 template <int D>
 __device__ __forceinline__ int d_of(int g, int w) {
   if (w < D / 64 * 4) return w / 4 * 64 + 8 * g + w % 4 * 2;
@@ -150,60 +185,82 @@ __device__ __forceinline__ void load_value_row(uint32_t (&r)[D / 16], const T* r
   if constexpr (D % 32 != 0) r[D / 16 - 1] = load_once_4(row + d_of<D>(g, D / 16 - 1));
 }
 
-// A partial result of one query head: scores up to `top` (in powers of two), `total` = sum 2^(score - top), value = sum 2^(...) v.
 __device__ __forceinline__ float pow2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// A result of one query head so far: scores up to `top` (in powers of two), `total` = sum 2^(score - top), value = sum 2^(...) v.
 struct Partial {
   float top = kNegInf, total = 0;
   float4 value{0, 0, 0, 0};
 };
-__device__ __forceinline__ void merge(Partial& p, float top, float total, float4 value) {
-  const float new_top = fmaxf(p.top, top), base = new_top == kNegInf ? 0 : new_top;
-  const float mine = pow2(p.top - base), theirs = pow2(top - base);
-  p.top = new_top;
-  p.total = p.total * mine + total * theirs;
-  p.value = {p.value.x * mine + value.x * theirs, p.value.y * mine + value.y * theirs, p.value.z * mine + value.z * theirs,
-             p.value.w * mine + value.w * theirs};
+// All N at once: the only chain is that of the additions.
+template <int N>
+__device__ __forceinline__ void merge(Partial& p, const float2 (&sums)[N], const float4 (&values)[N]) {
+  float top = p.top;
+#pragma unroll
+  for (int n = 0; n < N; ++n) top = fmaxf(top, sums[n].x);
+  const float base = top == kNegInf ? 0 : top, old = pow2(p.top - base);
+  p.top = top;
+  p.total *= old;
+  p.value = {p.value.x * old, p.value.y * old, p.value.z * old, p.value.w * old};
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float f = pow2(sums[n].x - base);
+    p.total += sums[n].y * f;
+    p.value = {p.value.x + values[n].x * f, p.value.y + values[n].y * f, p.value.z + values[n].z * f, p.value.w + values[n].w * f};
+  }
 }
 template <class T>
 __device__ __forceinline__ void store_result(T* to, const Partial& p) {
-  const float f = p.total > 0 || p.total != p.total ? 1 / p.total : 0;
-  uint2 x{pack2<T>(p.value.x * f, p.value.y * f), pack2<T>(p.value.z * f, p.value.w * f)};
+  const float f = p.total == 0 ? 0 : 1 / p.total;
+  const uint2 x{pack2<T>(p.value.x * f, p.value.y * f), pack2<T>(p.value.z * f, p.value.w * f)};
   *reinterpret_cast<uint2*>(to) = x;
 }
 
-template <int D, int W>
-constexpr bool kParkQ = D > 128 || (D == 128 && W > 12);
+// Counts an arrival: what this CTA wrote before its last barrier is seen by whoever sees the count, and the other way round.
+__device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+// Where K, V and the accumulators fill the registers, each warp keeps its Q in shared memory.
+template <int D>
+constexpr bool kParkQ = D > 128;
+__device__ __forceinline__ void load_parked(uint32_t* r, const uint4* from) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(smem_address(from)));
+}
 // 16-byte units of shared memory in which a warp's part is merged: values of all rows and their sums; or one value and sum per thread.
 __host__ __device__ inline int merge_units(int rows, int d) { return max(rows * d / 4 + (rows + 1) / 2, 48); }
-__device__ __forceinline__ void load_shared_16(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w, const uint4* from) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "r"(smem_address(from)));
-}
 
 template <class T, int D, int NB, int W, int J>
 __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __grid_constant__ DecodeArgs a) {
   constexpr int kKeys = 16 * J, kThreads = 32 * W, D4 = D / 4;
   extern __shared__ float4 shared[];  // [W][rows][D4], then [W][rows] (top, total); or [kThreads], then [kThreads] (top, total)
-  __shared__ bool is_last;
+  // The one or two segments that this CTA shares with others: [0] began before its stretch, [1] goes on after it.
+  __shared__ struct {
+    int entry, head0, heads, first, last;  // CTAs
+    bool mine;
+  } cut[2];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  const Pages<kKeys> source{a};
-  // Where K, V and the accumulators fill the registers, each warp keeps its Q in shared memory.
   uint4* parked_q = reinterpret_cast<uint4*>(shared) + W * merge_units(a.rows, D) + warp * NB * D + lane;
+  if (threadIdx.x < 2) cut[threadIdx.x].heads = 0, cut[threadIdx.x].mine = false;
 
-  pdl_wait();
-  pdl_launch();
+  // kv_len and page_table were copied here by the host and not written by a kernel, so that only what follows the first look-up waits
+  // for the kernel before this one.
+  const Pages<kKeys> source{a};
   Segment here;
-  int begin, end, stretch;
-  if (!first_segment(source, 2 * W, here, begin, end, stretch)) return;
+  Stretch stretch;
+  if (!find_stretch(source, 2 * W, here, stretch)) return;
 
   // The slice to be loaded next: its page number is asked for one slice earlier.
   Segment ahead = here;
-  int to_load = begin + warp, page = 0, row = 0;
+  int to_load = stretch.begin + warp, page = 0, row = 0;
   const auto look_up = [&] {
-    if (to_load >= end) return;
+    if (to_load >= stretch.end) return;
     while (to_load >= ahead.end) source.next(ahead);
     page = source.page(ahead, to_load);
     row = source.row(ahead, to_load);
@@ -220,17 +277,20 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
       load_value_row<T, D>(v[i / 4][i % 4], static_cast<const T*>(a.v) + at + (i / 2 * 8 + 2 * c + i % 2) * D, g);
   };
   look_up();
-  if (to_load < end) {
+  pdl_wait();
+  if (to_load < stretch.end) {
     const int64_t at = offset();
     load_k(at);
     load_v(at);
     to_load += W;
     look_up();
   }
+  pdl_launch();
 
-  for (int slice = begin + warp;; source.next(here)) {
+  float4* scratch = reinterpret_cast<float4*>(a.partials);
+  float2* scratch_sums = reinterpret_cast<float2*>(scratch + 2 * gridDim.x * a.rows * D4);
+  for (int slice = stretch.begin + warp;; source.next(here)) {
     const int heads = min(a.rows, a.group - here.part * a.rows), head0 = here.kv_head * a.group + here.part * a.rows;
-    const int stop = min(here.end, end);
 
     uint32_t q[NB][D / 8];
 #pragma unroll
@@ -238,7 +298,7 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
 #pragma unroll
       for (int i = 0; i < D / 8; ++i) q[b][i] = 0;
       if (8 * b + g < heads) load_row<T, D>(q[b], static_cast<const T*>(a.q) + here.entry * a.q_stride + (head0 + 8 * b + g) * D, c);
-      if constexpr (kParkQ<D, W>) {
+      if constexpr (kParkQ<D>) {
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < D / 32; ++i) parked_q[(b * D / 32 + i) * 32] = {q[b][4 * i], q[b][4 * i + 1], q[b][4 * i + 2], q[b][4 * i + 3]};
@@ -249,15 +309,14 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
 #pragma unroll
     for (int b = 0; b < NB; ++b) top[b][0] = top[b][1] = kNegInf, total[b][0] = total[b][1] = 0;
 
-    for (; slice < stop; slice += W) {
+    for (const int stop = min(here.end, stretch.end); slice < stop; slice += W) {
       float s[NB][J][4] = {};
 #pragma unroll
       for (int i = 0; i < D / 16; ++i) {
-        if constexpr (kParkQ<D, W>)
+        if constexpr (kParkQ<D>)
           if (i % 2 == 0) {
 #pragma unroll
-            for (int b = 0; b < NB; ++b)
-              load_shared_16(q[b][2 * i], q[b][2 * i + 1], q[b][2 * i + 2], q[b][2 * i + 3], parked_q + (b * D / 32 + i / 2) * 32);
+            for (int b = 0; b < NB; ++b) load_parked(q[b] + 2 * i, parked_q + (b * D / 32 + i / 2) * 32);
           }
 #pragma unroll
         for (int j = 0; j < J; ++j) {
@@ -266,7 +325,7 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
           for (int b = 0; b < NB; ++b) mma_16816<T>(s[b][j], keys, q[b][2 * i], q[b][2 * i + 1]);
         }
       }
-      const bool more = to_load < end;
+      const bool more = to_load < stretch.end;
       const int64_t at = offset();
       if (more) load_k(at);
 
@@ -367,110 +426,110 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
         if (g == 0) sums[warp * a.rows + head] = {top[b][i], total[b][i]};
       }
     __syncthreads();
-    const bool split = here.begin < begin || here.end > end;
-    const int slot = 2 * blockIdx.x + (here.begin >= begin);
-    float4* scratch = reinterpret_cast<float4*>(a.partials);
-    float2* scratch_sums = reinterpret_cast<float2*>(scratch + 2 * gridDim.x * a.rows * D4);
+    const bool split = here.begin < stretch.begin || here.end > stretch.end;
+    const int slot = 2 * static_cast<int>(blockIdx.x) + (here.begin >= stretch.begin);
     T* out = static_cast<T*>(a.out) + here.entry * a.out_stride + head0 * D;
     for (int i = threadIdx.x; i < heads * D4; i += kThreads) {
-      Partial part;
+      float2 sum[W];
+      float4 value[W];
 #pragma unroll
-      for (int w = 0; w < W; ++w) {
-        const float2 sum = sums[w * a.rows + i / D4];
-        merge(part, sum.x, sum.y, shared[w * a.rows * D4 + i]);
-      }
+      for (int w = 0; w < W; ++w) sum[w] = sums[w * a.rows + i / D4], value[w] = shared[w * a.rows * D4 + i];
+      Partial part;
+      merge(part, sum, value);
       if (!split) store_result(out + 4 * i, part);
       else {
         scratch[slot * a.rows * D4 + i] = part.value;
         if (i % D4 == 0) scratch_sums[slot * a.rows + i / D4] = {part.top, part.total};
       }
     }
+    if (threadIdx.x == 0 && split)
+      cut[here.begin >= stretch.begin] = {here.entry, head0, heads, here.begin / stretch.length, (here.end - 1) / stretch.length, false};
     __syncthreads();
-    if (split) {  // the CTAs' parts meet
-      const int first = here.begin / stretch, last = (here.end - 1) / stretch;
-      if (threadIdx.x == 0) {
-        __threadfence();
-        is_last = atomicAdd(a.counters + first, 1u) == static_cast<uint32_t>(last - first);
-        if (is_last) a.counters[first] = 0;
-        __threadfence();
+    if (here.end >= stretch.end) break;
+  }
+
+  // The CTAs' parts meet: whoever is last merges them.
+  if (threadIdx.x < 2 && cut[threadIdx.x].heads > 0) {
+    auto& b = cut[threadIdx.x];
+    b.mine = arrive(a.counters + b.first) == static_cast<uint32_t>(b.last - b.first);
+    if (b.mine) a.counters[b.first] = 0;
+  }
+  __syncthreads();
+  for (const auto& b : cut) {
+    if (!b.mine) continue;
+    T* out = static_cast<T*>(a.out) + b.entry * a.out_stride + b.head0 * D;
+    const int items = b.heads * D4, lanes = max(kThreads / items, 1);  // lanes: threads that share the parts of an item
+    const int mine = lanes > 1 ? static_cast<int>(threadIdx.x) / items : 0;
+    for (int i = lanes > 1 ? threadIdx.x % items : threadIdx.x; i < items && mine < lanes; i += kThreads) {
+      constexpr int kBatch = 16;  // asked for together: one round trip for up to 32 CTAs of a Llama head block
+      Partial part;
+      for (int cta = b.first + mine; cta <= b.last; cta += kBatch * lanes) {
+        float2 sum[kBatch];
+        float4 value[kBatch];
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+          const int of = cta + n * lanes, from = 2 * of + (of == b.first);
+          sum[n] = of <= b.last ? __ldcg(scratch_sums + from * a.rows + i / D4) : float2{kNegInf, 0};
+          value[n] = of <= b.last ? __ldcg(scratch + from * a.rows * D4 + i) : float4{0, 0, 0, 0};
+        }
+        merge(part, sum, value);
       }
-      __syncthreads();
-      if (is_last) {
-        const int items = heads * D4, lanes = max(kThreads / items, 1);  // lanes: threads that share the parts of an item
-        const int mine = lanes > 1 ? threadIdx.x / items : 0;
-        for (int i = lanes > 1 ? threadIdx.x % items : threadIdx.x; i < items && mine < lanes; i += kThreads) {
-          Partial part;
-          constexpr int kBatch = 8;  // asked for together
-          for (int cta = first + mine; cta <= last; cta += kBatch * lanes) {
-            float2 sum[kBatch];
-            float4 value[kBatch];
-#pragma unroll
-            for (int n = 0; n < kBatch; ++n) {
-              const int from = 2 * (cta + n * lanes) + (cta + n * lanes == first);
-              const bool there = cta + n * lanes <= last;
-              sum[n] = there ? __ldcg(scratch_sums + from * a.rows + i / D4) : float2{kNegInf, 0};
-              value[n] = there ? __ldcg(scratch + from * a.rows * D4 + i) : float4{0, 0, 0, 0};
-            }
-#pragma unroll
-            for (int n = 0; n < kBatch; ++n) merge(part, sum[n].x, sum[n].y, value[n]);
-          }
-          if (lanes == 1) store_result(out + 4 * i, part);
-          else {
-            shared[threadIdx.x] = part.value;
-            reinterpret_cast<float2*>(shared + kThreads)[threadIdx.x] = {part.top, part.total};
-          }
-        }
-        if (lanes > 1) {
-          __syncthreads();
-          if (threadIdx.x < items) {
-            Partial part;
-            for (int n = threadIdx.x; n < lanes * items; n += items) {
-              const float2 sum = reinterpret_cast<const float2*>(shared + kThreads)[n];
-              merge(part, sum.x, sum.y, shared[n]);
-            }
-            store_result(out + 4 * threadIdx.x, part);
-          }
-          __syncthreads();
-        }
+      if (lanes == 1) store_result(out + 4 * i, part);
+      else {
+        shared[threadIdx.x] = part.value;
+        reinterpret_cast<float2*>(shared + kThreads)[threadIdx.x] = {part.top, part.total};
       }
     }
-    if (here.end >= end) return;
+    if (lanes > 1) {
+      __syncthreads();
+      if (static_cast<int>(threadIdx.x) < items) {
+        Partial part;
+        for (int n = threadIdx.x; n < lanes * items; n += items) {
+          const float2 sum[1] = {reinterpret_cast<const float2*>(shared + kThreads)[n]};
+          const float4 value[1] = {shared[n]};
+          merge(part, sum, value);
+        }
+        store_result(out + 4 * threadIdx.x, part);
+      }
+      __syncthreads();
+    }
   }
 }
 
-template <class T, int D, int NB, int W, int J>
-void run(const CudaStream& stream, const DecodeArgs& a) {
-  const int64_t smem = 16 * W * (merge_units(a.rows, D) + (kParkQ<D, W> ? NB * D : 0));
-  launch(stream, attention_decode_kernel<T, D, NB, W, J>, dim3(static_cast<uint32_t>(stream.n_sm)), dim3(32 * W), smem, a);
-}
-
-// Query heads of a head block: a group of up to 16 stays together where the accumulators fit the registers.
+// Query heads of a head block: at the common sizes a group of up to 16 stays together.
 int64_t block_rows(int64_t group, int64_t d) {
-  const int64_t most = d <= 128 ? 16 : 8, blocks = (group + most - 1) / most;
+  const int64_t most = d == 64 || d == 128 ? 16 : 8, blocks = (group + most - 1) / most;
   return (group + blocks - 1) / blocks;
 }
 
 DecodeArgs decode_args(const CudaStream& stream, const Attention& a) {
-  const int64_t d = a.k_pages.shape[3], h_kv = a.k_pages.shape[1], h_q = a.q.shape[1] / d, group = h_q / h_kv, rows = block_rows(group, d);
+  const int64_t d = a.k_pages.shape[3], h_kv = a.k_pages.shape[1], group = a.q.shape[1] / d / h_kv, rows = block_rows(group, d);
   DecodeArgs args{};
   args.out = a.out.data, args.q = a.q.data, args.k = a.k_pages.data, args.v = a.v_pages.data;
   args.kv_len = a.kv_len.as<int32_t>(), args.page_table = a.page_table.as<int32_t>();
   args.partials = a.scratch.as<float>(), args.counters = stream.counters;
   args.q_stride = a.q.row_stride, args.out_stride = a.out.row_stride, args.table_stride = a.page_table.row_stride;
   args.n_entry = static_cast<int32_t>(a.kv_len.shape[0]), args.h_kv = static_cast<int32_t>(h_kv), args.group = static_cast<int32_t>(group);
-  args.rows = static_cast<int32_t>(rows), args.n_split = static_cast<int32_t>((group + rows - 1) / rows);
+  args.n_split = static_cast<int32_t>((group + rows - 1) / rows), args.rows = static_cast<int32_t>(rows);
   args.window = static_cast<int32_t>(std::min<int64_t>(a.window, 1 << 30)), args.scale = a.scale * 1.44269504f;
   return args;
 }
 
+template <class T, int D, int NB, int W, int J>
+void run(const CudaStream& stream, const DecodeArgs& a) {
+  const int64_t smem = 16 * W * (merge_units(a.rows, D) + (kParkQ<D> ? NB * D : 0));
+  launch(stream, attention_decode_kernel<T, D, NB, W, J>, dim3(static_cast<uint32_t>(stream.n_sm)), dim3(32 * W), smem, a);
+}
+
+// d_head -> warps and keys of a slice: 60 to 128 KB of keys and values on their way per SM. At d_head 128, 12 warps take 1 to 4 % longer
+// than 8, 16 (which spill) 3 to 17 %, and 8 with slices of 32 keys 1 to 5 %.
 template <class T>
 void decode(const CudaStream& stream, const DecodeArgs& a, int64_t d) {
-  const bool wide = a.rows > 8;
   switch (d) {
-    case 64: return wide ? run<T, 64, 2, 8, 1>(stream, a) : run<T, 64, 1, 8, 1>(stream, a);
-    case 80: return wide ? run<T, 80, 2, 8, 1>(stream, a) : run<T, 80, 1, 8, 1>(stream, a);
-    case 96: return wide ? run<T, 96, 2, 8, 1>(stream, a) : run<T, 96, 1, 8, 1>(stream, a);
-    case 128: return wide ? run<T, 128, 2, 8, 1>(stream, a) : run<T, 128, 1, 8, 1>(stream, a);
+    case 64: return a.rows > 8 ? run<T, 64, 2, 8, 1>(stream, a) : run<T, 64, 1, 12, 2>(stream, a);
+    case 80: return run<T, 80, 1, 12, 1>(stream, a);
+    case 96: return run<T, 96, 1, 12, 1>(stream, a);
+    case 128: return a.rows > 8 ? run<T, 128, 2, 8, 1>(stream, a) : run<T, 128, 1, 8, 1>(stream, a);
     case 256: return run<T, 256, 1, 8, 1>(stream, a);
   }
 }

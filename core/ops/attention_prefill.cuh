@@ -12,10 +12,10 @@
 namespace prt::cuda {
 
 struct PrefillItem {
-  int32_t row, n_tok;     // query rows [row, row + n_tok)
+  int32_t row, n_tok;     // query rows [row, row + n_tok); n_tok 0: no more work
   int32_t position;       // of the first row among the keys
   int32_t head;           // item head: heads [head * pack, (head + 1) * pack)
-  int32_t begin, end;     // tiles of keys; end 0: no more work
+  int32_t begin, end;     // tiles of keys
   int32_t entry, kv_len;  // for the producer
 };
 

@@ -7,9 +7,10 @@
 namespace prt::cuda {
 namespace {
 
-PrefillParams prefill_params(const CudaStream& s, const Attention& a, bool packed = true) {
+PrefillParams prefill_params(const CudaStream& s, const Attention& a) {
   const auto i32 = [](int64_t x) { return static_cast<int32_t>(std::min<int64_t>(x, 1 << 30)); };
-  const int64_t d = a.k_pages.shape[3], h_kv = a.k_pages.shape[1], h_q = a.q.shape[1] / d, pack = packed && h_q / h_kv <= 64 ? h_q / h_kv : 1;
+  const int64_t d = a.k_pages.shape[3], h_kv = a.k_pages.shape[1], h_q = a.q.shape[1] / d, group = h_q / h_kv,
+                pack = group <= 64 ? group : 1;
   PrefillParams p{};
   p.q_begin = a.q_begin.as<int32_t>(), p.kv_len = a.kv_len.as<int32_t>(), p.page_table = a.page_table.as<int32_t>();
   p.counters = s.counters;
@@ -29,12 +30,13 @@ int64_t prefill_items(const Attention& a, const PrefillParams& p, int64_t groups
 template <class C>
 void prefill_wgmma(const CudaStream& s, const Attention& a, const PrefillParams& p) {
   const int64_t rows = a.k_pages.shape[0] * p.h_kv * kPageTokens, h_q = p.n_head * p.pack;
-  const CUtensorMap q_map = make_tensor_map<3>(
-      a.q.data, a.q.dtype, {{p.d, h_q, a.q.shape[0]}, {p.d * 2, a.q.row_stride * 2}, {64, p.pack, 64 / p.pack}}, CU_TENSOR_MAP_SWIZZLE_128B);
+  const CUtensorMap q_map =
+      make_tensor_map<3>(a.q.data, a.q.dtype, {{p.d, h_q, a.q.shape[0]}, {p.d * 2, a.q.row_stride * 2}, {64, p.pack, 64 / p.pack}},
+                         CU_TENSOR_MAP_SWIZZLE_128B);
   const CUtensorMap k_map = make_matrix_map(a.k_pages.data, a.k_pages.dtype, rows, p.d, p.d, 64, 64, CU_TENSOR_MAP_SWIZZLE_128B);
   const CUtensorMap v_map = make_matrix_map(a.v_pages.data, a.v_pages.dtype, rows, p.d, p.d, 64, 64, CU_TENSOR_MAP_SWIZZLE_128B);
-  const int64_t clusters = std::min<int64_t>(s.n_sm / C::kCluster, prefill_items(a, p, C::kGroups * C::kCluster));
-  launch(s, attention_prefill_wgmma<C>, static_cast<uint32_t>(clusters * C::kCluster), C::kThreads, C::kSmem, q_map, k_map, v_map, p);
+  const int64_t grid = std::min<int64_t>(s.n_sm, prefill_items(a, p, C::kGroups));
+  launch(s, attention_prefill_wgmma<C>, static_cast<uint32_t>(grid), C::kThreads, C::kSmem, q_map, k_map, v_map, p);
 }
 
 template <class T, int kHead>
@@ -47,9 +49,9 @@ template <class T>
 void prefill(const CudaStream& s, const Attention& a) {
   const PrefillParams p = prefill_params(s, a);
   if (s.arch == 90) {
-    if (p.d <= 64) prefill_wgmma<PrefillTile<T, 64, 128, 3, 4, 2, 1>>(s, a, p);
-    else if (p.d <= 128) prefill_wgmma<PrefillTile<T, 128, 128, 2, 2, 2, 1>>(s, a, p);
-    else prefill_wgmma<PrefillTile<T, 256, 64, 2, 2, 1, 1>>(s, a, p);
+    if (p.d <= 64) prefill_wgmma<PrefillTile<T, 64, 128, 3, 4, 2>>(s, a, p);
+    else if (p.d <= 128) prefill_wgmma<PrefillTile<T, 128, 128, 2, 2, 2>>(s, a, p);
+    else prefill_wgmma<PrefillTile<T, 256, 64, 2, 2, 1>>(s, a, p);
   } else {
     if (p.d <= 64) prefill_mma<T, 64>(s, a, p);
     else if (p.d <= 128) prefill_mma<T, 128>(s, a, p);

@@ -49,8 +49,8 @@ __device__ __forceinline__ void mma(float* d, const uint32_t (&a)[4], uint32_t b
 }
 
 template <class T, int kHead>
-__global__ void __launch_bounds__(128) attention_prefill_mma(const T* q, int64_t q_stride, const T* k_pages, const T* v_pages,
-                                                             const PrefillParams p) {
+__global__ void __launch_bounds__(128)
+    attention_prefill_mma(const T* q, int64_t q_stride, const T* k_pages, const T* v_pages, const PrefillParams p) {
 #ifndef PRT_SM90A  // there the other kernel runs
   constexpr int kUnits = kHead / 8, kTile = 64 * kHead * 2;
   extern __shared__ __align__(128) char raw[];

@@ -1,19 +1,18 @@
 // Prefill attention for Hopper, in the manner of FlashAttention-3: one producer warp keeps the copy engine busy, each of kGroups
-// warpgroups holds 64 query rows. Q K^T of one tile of keys runs on the tensor cores while the softmax of another runs on the ALUs:
-// inside a warpgroup (the next Q K^T is in flight during exp) and between warpgroups (a token passed around says whose turn it is to
-// issue products).
-// Blocks are persistent and draw items from a counter, longest first, so that causal work balances.
+// warpgroups holds 64 query rows. The softmax of one tile of keys runs on the ALUs while the tensor cores work: for the other warpgroups
+// (a token passed around says whose turn it is to issue products), and on the warpgroup's own previous product with V.
+// Blocks are persistent and draw items from a counter, longest first, so that causal work balances. docs/kernels/attention_prefill.md
+// has the measurements.
 #pragma once
 #include "cuda/hopper.cuh"
 #include "ops/attention_prefill.cuh"
 
 namespace prt::cuda {
 
-template <class T_, int kHead_, int kKeys_, int kGroups_, int kStages_, int kQStages_, int kCluster_>
+template <class T_, int kHead_, int kKeys_, int kGroups_, int kStages_, int kQStages_>
 struct PrefillTile {
   using T = T_;
-  static constexpr int kHead = kHead_, kKeys = kKeys_, kGroups = kGroups_, kStages = kStages_, kQStages = kQStages_,
-                       kCluster = kCluster_;
+  static constexpr int kHead = kHead_, kKeys = kKeys_, kGroups = kGroups_, kStages = kStages_, kQStages = kQStages_;
   static constexpr bool kTurns = kHead <= 128;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kGroupBytes = 64 * kHead * 2, kQBytes = kGroups * kGroupBytes, kKvBytes = kKeys * kHead * 2;
@@ -26,74 +25,28 @@ struct PrefillTile {
 template <class C>
 struct PrefillShared {
   uint64_t q_full[C::kQStages], q_empty[C::kQStages], k_full[C::kStages], k_empty[C::kStages], v_full[C::kStages], v_empty[C::kStages];
-  uint64_t v_landed, item_full[2], item_empty[2], ticket_full[2];
-  int32_t ticket[2];
+  uint64_t v_landed, item_full[2], item_empty[2];
   alignas(16) PrefillItem item[2];
 };
-
-// ---- between the blocks of a cluster: arrive at another's barrier, wait for arrivals of others, store to the same place in another block,
-// whose barrier counts the 4 bytes, and load to the same place in all, each block's own barrier counting the bytes.
-__device__ __forceinline__ void mbar_arrive_at(uint64_t* bar, uint32_t cta) {
-#ifdef PRT_SM90
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_addr(bar, cta)) : "memory");
-#endif
-}
-__device__ __forceinline__ void mbar_wait_all(uint64_t* bar, uint32_t parity) {
-#ifdef PRT_SM90
-  uint32_t done;
-  do {
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(smem_addr(bar)), "r"(parity)
-                 : "memory");
-  } while (!done);
-#endif
-}
-__device__ __forceinline__ void store_at(int32_t* place, int32_t value, uint64_t* bar, uint32_t cta) {
-#ifdef PRT_SM90
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(cluster_addr(place, cta)), "r"(value),
-               "r"(cluster_addr(bar, cta))
-               : "memory");
-#endif
-}
-__device__ __forceinline__ void tma_load_all(void* dst, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint16_t ctas) {
-#ifdef PRT_SM90A
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(
-          smem_addr(dst)),
-      "l"(map), "r"(smem_addr(bar)), "r"(c0), "r"(c1), "h"(ctas)
-      : "memory");
-#endif
-}
 
 template <class C>
 __device__ __forceinline__ void prefill_produce(const CUtensorMap& q_map, const CUtensorMap& k_map, const CUtensorMap& v_map,
                                                 const PrefillParams& p, PrefillShared<C>& sh, char* q_tiles, char* k_tiles, char* v_tiles) {
   constexpr int kHalves = C::kHead / 64, kPages = C::kKeys / 64;
   const int32_t lane = threadIdx.x % 32, group_tok = 64 / p.pack;
-  const int32_t rank = C::kCluster > 1 ? static_cast<int32_t>(cluster_rank()) : 0, block_tok = C::kGroups * group_tok;
-  const PrefillPlan plan(p, C::kCluster * block_tok, C::kHead * 4);
-  int32_t ticket = static_cast<int32_t>(blockIdx.x) / C::kCluster;
+  const PrefillPlan plan(p, C::kGroups * group_tok, C::kHead * 4);
+  int32_t ticket = static_cast<int32_t>(blockIdx.x);
   uint32_t k_step = 0, v_step = 0, n_cut = 0;
   for (uint32_t i = 0;; ++i) {
     PrefillItem it{};
     if (ticket < plan.n_item) it = plan.item(p, ticket, C::kKeys);
-    const int32_t lo = p.window > 0 ? max(0, it.position + 1 - p.window) : 0;
-    it.row += rank * block_tok, it.position += rank * block_tok;  // this block's rows; the keys are those of the cluster
-    it.n_tok = min(block_tok, it.n_tok - rank * block_tok);
     mbar_wait(&sh.item_empty[i % 2], ~(i / 2) & 1);
     if (lane == 0) {
       sh.item[i % 2] = it;
       mbar_arrive(&sh.item_full[i % 2]);
+      if (it.n_tok > 0) ticket = static_cast<int32_t>(gridDim.x + atomicAdd(&p.counters[0], 1));
     }
-    if (it.end == 0) break;
-    if (lane == 0) {  // the next ticket, in time
-      if (rank == 0) ticket = static_cast<int32_t>(gridDim.x / C::kCluster + atomicAdd(&p.counters[0], 1));
-      if constexpr (C::kCluster > 1) {
-        if (rank == 0) store_at(&sh.ticket[i % 2], ticket, &sh.ticket_full[i % 2], 1);
-        else mbar_expect(&sh.ticket_full[i % 2], 4);
-      }
-    }
+    if (it.n_tok == 0) break;
 
     const uint32_t q_stage = i % C::kQStages;
     mbar_wait(&sh.q_empty[q_stage], ~(i / C::kQStages) & 1);
@@ -106,7 +59,7 @@ __device__ __forceinline__ void prefill_produce(const CUtensorMap& q_map, const 
     }
 
     const int32_t kv_head = it.head / (p.n_head / p.h_kv);
-    const int32_t last_page = max(0, it.kv_len - 1) / 64;
+    const int32_t lo = p.window > 0 ? max(0, it.position + 1 - p.window) : 0, last_page = max(0, it.kv_len - 1) / 64;
     const int32_t* pages = p.page_table + static_cast<int64_t>(it.entry) * p.max_pages;
     int32_t ids = 0, ids_at = -1;  // 32 entries of the page table, one per lane
     const auto load = [&](const CUtensorMap& map, char* tile, uint64_t* bar, int32_t n) {
@@ -121,20 +74,12 @@ __device__ __forceinline__ void prefill_produce(const CUtensorMap& q_map, const 
         }
         const int32_t row = (__shfl_sync(~0u, ids, page % 32) * p.h_kv + kv_head) * 64;
         if (lane == 0)
-          for (int h = 0; h < kHalves; ++h) {
-            char* const box = tile + h * C::kKeys * 128 + i * 8192;
-            if constexpr (C::kCluster == 1) tma_load(box, &map, bar, h * 64, row);
-            else if ((i * kHalves + h) % C::kCluster == rank) tma_load_all(box, &map, bar, h * 64, row, (1 << C::kCluster) - 1);
-          }
+          for (int h = 0; h < kHalves; ++h) tma_load(tile + h * C::kKeys * 128 + i * 8192, &map, bar, h * 64, row, kCacheEvictLast);
       }
-    };
-    const auto wait_empty = [](uint64_t* bar, uint32_t parity) {
-      if constexpr (C::kCluster > 1) mbar_wait_all(bar, parity);
-      else mbar_wait(bar, parity);
     };
     const auto load_k = [&](int32_t n) {
       const uint32_t s = k_step % C::kStages;
-      wait_empty(&sh.k_empty[s], ~(k_step / C::kStages) & 1);
+      mbar_wait(&sh.k_empty[s], ~(k_step / C::kStages) & 1);
       load(k_map, k_tiles + s * C::kKvBytes, &sh.k_full[s], n);
       ++k_step;
     };
@@ -143,7 +88,7 @@ __device__ __forceinline__ void prefill_produce(const CUtensorMap& q_map, const 
       if (n > it.begin) load_k(n - 1);
       const uint32_t s = v_step % C::kStages;
       char* tile = v_tiles + s * C::kKvBytes;
-      wait_empty(&sh.v_empty[s], ~(v_step / C::kStages) & 1);
+      mbar_wait(&sh.v_empty[s], ~(v_step / C::kStages) & 1);
       const int32_t from = lo - n * C::kKeys, to = it.kv_len - n * C::kKeys;  // rows of the tile that hold keys
       if (from <= 0 && to >= C::kKeys) {
         load(v_map, tile, &sh.v_full[s], n);
@@ -159,12 +104,6 @@ __device__ __forceinline__ void prefill_produce(const CUtensorMap& q_map, const 
         if (lane == 0) mbar_arrive(&sh.v_full[s]);
       }
       ++v_step;
-    }
-    if constexpr (C::kCluster > 1) {
-      if (rank > 0) {
-        mbar_wait(&sh.ticket_full[i % 2], i / 2 & 1);
-        ticket = *const_cast<volatile int32_t*>(&sh.ticket[i % 2]);
-      }
     }
     ticket = __shfl_sync(~0u, ticket, 0);
   }
@@ -182,8 +121,12 @@ __device__ __forceinline__ void prefill_consume(const PrefillParams& p, PrefillS
   const uint64_t q_desc = wgmma_desc(q_tiles + group * C::kGroupBytes), k_desc = wgmma_desc(k_tiles),
                  v_desc = wgmma_desc(v_tiles, C::kKeys * 128);
   // Whose turn it is to issue products: barrier 1 + g is warpgroup g's, and the one before it arrives there.
-  const auto my_turn = [&] { if constexpr (C::kTurns) named_sync(1 + group, 256); };
-  const auto next_turn = [&] { if constexpr (C::kTurns) named_arrive(1 + (group + 1) % C::kGroups, 256); };
+  const auto my_turn = [&] {
+    if constexpr (C::kTurns) named_sync(1 + group, 256);
+  };
+  const auto next_turn = [&] {
+    if constexpr (C::kTurns) named_arrive(1 + (group + 1) % C::kGroups, 256);
+  };
   if (group == C::kGroups - 1) next_turn();
 
   uint32_t step = 0;  // tiles of keys so far
@@ -192,7 +135,7 @@ __device__ __forceinline__ void prefill_consume(const PrefillParams& p, PrefillS
     const PrefillItem it = sh.item[i % 2];
     __syncwarp();
     if (lane == 0) mbar_arrive(&sh.item_empty[i % 2]);
-    if (it.end == 0) break;
+    if (it.n_tok == 0) break;
 
     float o[C::kHead / 2], s[C::kKeys / 2], top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
     uint32_t w[C::kKeys / 16][4];  // the weights exp(s - top), rounded to T, as the A operand of the product with V
@@ -218,12 +161,8 @@ __device__ __forceinline__ void prefill_consume(const PrefillParams& p, PrefillS
       for (int k = 0; k < C::kKeys / 16; ++k) Values::template mma<1>(o, w[k], b + k * 128, 1);
       wgmma_commit();
     };
-    const auto release = [&](uint64_t* bar) {  // in all blocks that write there
-      if constexpr (C::kCluster == 1) {
-        if (lane == 0) mbar_arrive(bar);
-      } else {
-        if (lane < C::kCluster) mbar_arrive_at(bar, static_cast<uint32_t>(lane));
-      }
+    const auto release = [&](uint64_t* bar) {
+      if (lane == 0) mbar_arrive(bar);
     };
     mbar_wait(&sh.q_full[q_stage], i / C::kQStages & 1);
     start_scores(step);
@@ -258,7 +197,7 @@ __device__ __forceinline__ void prefill_consume(const PrefillParams& p, PrefillS
     while (n >= it.begin && n >= clear_end) advance(std::true_type{});
     while (n >= it.begin && n >= clear_begin) advance(std::false_type{});
     while (n >= it.begin) advance(std::true_type{});
-    if (lane == 0) mbar_arrive(&sh.q_empty[q_stage]);
+    release(&sh.q_empty[q_stage]);
     start_values(step);
     wgmma_wait<0>();
     wgmma_keep(o);
@@ -270,7 +209,7 @@ __device__ __forceinline__ void prefill_consume(const PrefillParams& p, PrefillS
 }
 
 template <class C>
-__global__ void PRT_CLUSTER(C::kCluster) __launch_bounds__(C::kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, 1)
     attention_prefill_wgmma(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                             const __grid_constant__ CUtensorMap v_map, const __grid_constant__ PrefillParams p) {
 #ifdef PRT_SM90A
@@ -286,28 +225,22 @@ __global__ void PRT_CLUSTER(C::kCluster) __launch_bounds__(C::kThreads, 1)
     };
     constexpr int kWarps = 4 * C::kGroups;
     init(sh.q_full, C::kQStages, 1), init(sh.q_empty, C::kQStages, kWarps);
-    init(sh.k_full, C::kStages, 1), init(sh.k_empty, C::kStages, C::kCluster * kWarps);
-    init(sh.v_full, C::kStages, 1), init(sh.v_empty, C::kStages, C::kCluster * kWarps);
+    init(sh.k_full, C::kStages, 1), init(sh.k_empty, C::kStages, kWarps);
+    init(sh.v_full, C::kStages, 1), init(sh.v_empty, C::kStages, kWarps);
     init(&sh.v_landed, 1, 1);
-    init(sh.item_full, 2, 1), init(sh.item_empty, 2, kWarps), init(sh.ticket_full, 2, 1);
+    init(sh.item_full, 2, 1), init(sh.item_empty, 2, kWarps);
     mbar_init_fence();
     tma_prefetch_map(&q_map), tma_prefetch_map(&k_map), tma_prefetch_map(&v_map);
   }
-  const auto sync = [] {
-    if constexpr (C::kCluster > 1) cluster_sync();
-    else __syncthreads();
-  };
-  sync();
+  __syncthreads();
   pdl_wait();
   pdl_launch();
   if (threadIdx.x / 128 == C::kGroups) {
     registers_down_to<C::kProducerRegisters>();
     if (threadIdx.x % 128 < 32) prefill_produce<C>(q_map, k_map, v_map, p, sh, tiles, k_tiles, v_tiles);
-    if constexpr (C::kCluster > 1) cluster_sync();  // a block's shared memory is there until the others have used it
   } else {
     registers_up_to<C::kConsumerRegisters>();
     prefill_consume<C>(p, sh, tiles, k_tiles, v_tiles);
-    if constexpr (C::kCluster > 1) cluster_sync();
   }
 #endif
 }

@@ -3,9 +3,20 @@
 namespace prt {
 
 namespace cuda {
-const CudaOps ops = {embedding,        rms_norm,          linear,           linear_scratch_bytes, rope_angles,
-                     rope_kv_write,    attention_prefill, attention_decode, attention_scratch_bytes, silu_mul,
-                     target_logprob,   sample,            sample_scratch_bytes, page_copy};
+const CudaOps ops = {embedding,
+                     rms_norm,
+                     linear,
+                     linear_scratch_bytes,
+                     rope_angles,
+                     rope_kv_write,
+                     attention_prefill,
+                     attention_decode,
+                     attention_scratch_bytes,
+                     silu_mul,
+                     target_logprob,
+                     sample,
+                     sample_scratch_bytes,
+                     page_copy};
 }
 
 Backend cuda_backend(const CudaStream& stream) {

@@ -12,7 +12,7 @@ struct CudaOps {
   void (*embedding)(const CudaStream&, const Embedding&);
   void (*rms_norm)(const CudaStream&, const RmsNorm&);
   void (*linear)(const CudaStream&, const Linear&);
-  int64_t (*linear_scratch_bytes)(const CudaStream&, int64_t n_row, int64_t n_in, int64_t n_out, bool gated);
+  int64_t (*linear_scratch_bytes)(const CudaStream&, int64_t n_row, int64_t n_in, int64_t n_out, bool norm);
   void (*rope_angles)(const CudaStream&, const RopeAngles&);
   void (*rope_kv_write)(const CudaStream&, const RopeKvWrite&);
   void (*attention_prefill)(const CudaStream&, const Attention&);
@@ -30,7 +30,7 @@ extern const CudaOps ops;
 void embedding(const CudaStream&, const Embedding&);
 void rms_norm(const CudaStream&, const RmsNorm&);
 void linear(const CudaStream&, const Linear&);
-int64_t linear_scratch_bytes(const CudaStream&, int64_t n_row, int64_t n_in, int64_t n_out, bool gated);
+int64_t linear_scratch_bytes(const CudaStream&, int64_t n_row, int64_t n_in, int64_t n_out, bool norm);
 void rope_angles(const CudaStream&, const RopeAngles&);
 void rope_kv_write(const CudaStream&, const RopeKvWrite&);
 void attention_prefill(const CudaStream&, const Attention&);

@@ -30,9 +30,9 @@ void linear_on_cpu(const Backend& b, const Linear& a) {
 }
 }  // namespace
 
-int64_t linear_scratch_bytes(const Backend& backend, int64_t n_row, int64_t n_in, int64_t n_out, bool gated) {
-  if (backend.cuda) return backend.cuda->linear_scratch_bytes(*backend.stream, n_row, n_in, n_out, gated);
-  return packed_bytes(n_row, n_in) + aligned(4 * n_row * n_in) + (gated ? aligned(4 * n_row * n_out) : 0);
+int64_t linear_scratch_bytes(const Backend& backend, int64_t n_row, int64_t n_in, int64_t n_out, bool norm, bool gated) {
+  if (backend.cuda) return backend.cuda->linear_scratch_bytes(*backend.stream, n_row, n_in, n_out, norm);
+  return packed_bytes(n_row, n_in) + (norm ? aligned(4 * n_row * n_in) : 0) + (gated ? aligned(4 * n_row * n_out) : 0);
 }
 
 void linear(const Backend& backend, const Linear& a) {
@@ -50,8 +50,9 @@ void linear(const Backend& backend, const Linear& a) {
     check_shape("linear", "norm", a.norm, DType::f32, {n_in});
     check(a.norm_eps >= 0 && a.norm_eps < 1, "linear: norm_eps is ", a.norm_eps, ", expected 0 <= norm_eps < 1");
   }
-  const int64_t need = linear_scratch_bytes(backend, n_row, n_in, n_out, a.gated);
-  check(a.scratch.bytes() >= need, "linear: scratch has ", a.scratch.bytes(), " bytes, ", need, " are needed for ", n_row, " rows of ", n_in);
+  const int64_t need = linear_scratch_bytes(backend, n_row, n_in, n_out, static_cast<bool>(a.norm), a.gated);
+  check(a.scratch.bytes() >= need, "linear: scratch has ", a.scratch.bytes(), " bytes, ", need, " are needed for ", n_row, " rows of ",
+        n_in);
   if (n_row == 0) return;
   if (backend.cuda) return backend.cuda->linear(*backend.stream, a);
   linear_on_cpu(backend, a);

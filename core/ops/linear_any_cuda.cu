@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) row_scale_kernel(float* row_scale, c
 }
 
 template <class W, class X>
-__global__ void __launch_bounds__(kThreads) linear_any_kernel(const Matrices m) {
+__global__ void __launch_bounds__(kThreads, 2) linear_any_kernel(const Matrices m) {
   __shared__ float xs[kTileIn][kTile + 1], ws[kTileIn][kTile + 1];
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   const int64_t row0 = blockIdx.y * int64_t{kTile}, out0 = blockIdx.x * m.tile_outs;

@@ -7,9 +7,9 @@ constexpr int64_t kFewRows = 64;
 }
 
 // Enough for any number of rows up to n_row: few rows can need more than many.
-int64_t linear_scratch_bytes(const CudaStream& s, int64_t n_row, int64_t n_in, int64_t n_out, bool gated) {
-  return std::max({linear_rows_scratch_bytes(s, std::min(n_row, kFewRows), n_in, n_out, gated), linear_gemm_scratch_bytes(n_row, n_in),
-                   linear_any_scratch_bytes(n_row)});
+int64_t linear_scratch_bytes(const CudaStream& s, int64_t n_row, int64_t n_in, int64_t n_out, bool norm) {
+  return std::max({linear_rows_scratch_bytes(s, std::min(n_row, kFewRows), n_in, n_out, false),
+                   norm ? linear_gemm_scratch_bytes(n_row, n_in) : 0, linear_any_scratch_bytes(n_row)});
 }
 
 void linear(const CudaStream& s, const Linear& a) {

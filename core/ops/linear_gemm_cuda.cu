@@ -303,7 +303,7 @@ void start(const CudaStream& s, const Linear& a, const Tensor& x) {
 }
 
 // The closed list of tiles, and the choice among them: cycles by the count at the top of this file, in whole waves of the chip. 3000 cycles
-// per tile and 8000 for the exchange fit the measurements; over 44 products (66 to 8192 rows) the chosen tile was 0.2 % slower than the
+// per tile and 8000 for the exchange fit the measurements; over 60 products (66 to 8192 rows) the chosen tile was 0.2 % slower than the
 // best of the list on average, 6 % at most.
 struct Plan {
   int outs, split;

@@ -44,7 +44,7 @@ struct Linear {
 };
 void linear(const Backend&, const Linear&);
 // For n_row rows or fewer.
-int64_t linear_scratch_bytes(const Backend&, int64_t n_row, int64_t n_in, int64_t n_out, bool gated);
+int64_t linear_scratch_bytes(const Backend&, int64_t n_row, int64_t n_in, int64_t n_out, bool norm, bool gated);
 
 // cos_sin[t] = cos, sin of position[t] * inv_freq, times attention_factor
 struct RopeAngles {

@@ -128,7 +128,7 @@ void dispatch(Call& c) {
     check(n_row <= kMost / std::max<int64_t>(1, n_out), "linear: ", n_row, " x ", n_out, " results are too many");
     const bool gated = c.params[1] != 0;
     c.run(linear, {t[0], t[1], t[2], t[3], c.params[0] != 0, gated, t[4], c.number(2),
-                   c.scratch(linear_scratch_bytes(c.backend, n_row, n_in, n_out, gated))});
+                   c.scratch(linear_scratch_bytes(c.backend, n_row, n_in, n_out, static_cast<bool>(t[4]), gated))});
   } else if (c.op == "rope_angles") {
     c.expect(3, 1);
     c.run(rope_angles, {t[0], t[1], t[2], c.number(0)});

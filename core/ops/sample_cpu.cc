@@ -139,7 +139,8 @@ void sample(ThreadPool& pool, const Sample& a) {
   pool.parallel_for(a.logits.shape[0], [&](int64_t r, int32_t thread) {
     float* logits = a.logits.row<float>(r);
     Candidate* candidates = reinterpret_cast<Candidate*>(static_cast<float*>(a.scratch.data) + thread * sample_scratch_floats(n));
-    float *weights = reinterpret_cast<float*>(candidates) + 2 * n, *saved = weights + n;  // saved: at most one value per bias and per token seen
+    float *weights = reinterpret_cast<float*>(candidates) + 2 * n,
+          *saved = weights + n;  // saved: at most one value per bias and per token seen
     const SampleRow& row = a.rows[r];
     const bool want_logprob = a.logprobs.data != nullptr;
     const float norm = want_logprob || n_top > 0 ? log_sum_exp(logits, n) : 0.0f;

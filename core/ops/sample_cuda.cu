@@ -100,7 +100,7 @@ struct Cluster {
   }
   __device__ uint64_t max(uint64_t x) {
     uint64_t all[kParts];
-    exchange(block_max<kThreads>(x, s.sums), all);
+    exchange(block_max(x, s.sums), all);
     uint64_t top = all[0];
 #pragma unroll
     for (int p = 1; p < kParts; ++p) top = all[p] > top ? all[p] : top;
@@ -108,7 +108,7 @@ struct Cluster {
   }
   __device__ uint64_t sum(uint64_t x) {
     uint64_t all[kParts], total = 0;
-    exchange(block_sum<kThreads>(x, s.sums), all);
+    exchange(block_sum(x, s.sums), all);
 #pragma unroll
     for (int p = 0; p < kParts; ++p) total += all[p];
     return total;
@@ -116,7 +116,7 @@ struct Cluster {
   __device__ double sum(double x) {
     uint64_t all[kParts];
     double total = 0;
-    exchange(__double_as_longlong(block_sum<kThreads>(x, s.parts)), all);
+    exchange(__double_as_longlong(block_sum(x, s.parts)), all);
 #pragma unroll
     for (int p = 0; p < kParts; ++p) total += __longlong_as_double(all[p]);
     return total;
@@ -186,24 +186,21 @@ struct Front {
 };
 
 struct Weights {
-  // The distance of a token from the top: 2048 for a factor of e, so that the first digit of 8 bits tells apart tokens down to e^-31.9 of
-  // the best. What is further away weighs nothing: all of it together would be less than the rounding of a float.
-  static constexpr float kSteps = 2048, kFar = 65280;
-  float top, steps, one;
+  float top, scale, fine, one;
 
-  __device__ Weights(float top_, float temperature, float one_) : top(top_), steps(fminf(kSteps / temperature, 1e30f)), one(one_) {}
-  __device__ float distance(float x) const { return (top - x) * steps; }
-  __device__ uint64_t at(float distance) const {
-    return distance < kFar ? __float2ull_rz(exp2f(distance * (-1.44269504f / kSteps)) * one) : 0;  // NaN: 0
+  __device__ Weights(float top_, float temperature, float one_)
+      : top(top_),
+        scale(1.44269504f / temperature),
+        fine(fminf(2048.0f / temperature, 1e30f)),  // the first digit tells apart tokens up to e^32 less likely than the best
+        one(one_) {}
+  __device__ uint64_t operator()(float x) const {
+    const float w = x == top ? 1.0f : exp2f((x - top) * scale);
+    return w > 0 ? __float2ull_rz(w * one) : 0;  // NaN: 0
   }
-  __device__ uint64_t operator()(float x) const { return at(distance(x)); }
-
-  // Where a token stands, best first: 16 bits of distance, evenly spaced so that tokens spread over the digits; then the exact order. The
-  // distance is a monotone function of the logit, so it never contradicts the order.
-  __device__ static uint32_t first_digit(float distance) { return static_cast<uint32_t>(fminf(distance, 65535.0f)) >> 8; }  // NaN: last
-  __device__ uint64_t place(float x) const {
-    return uint64_t{static_cast<uint32_t>(fminf(distance(x), 65535.0f))} << 32 | static_cast<uint32_t>(~(rank_of(x, 0) >> 32));
-  }
+  // Where a token stands, best first: 16 bits of distance from the top, evenly spaced so that tokens spread over the digits; then the
+  // exact order. The distance is a monotone function of the logit, so it never contradicts the order.
+  __device__ uint32_t distance(float x) const { return static_cast<uint32_t>(fminf((top - x) * fine, 65535.0f)); }  // NaN: 65535
+  __device__ uint64_t place(float x) const { return uint64_t{distance(x)} << 32 | static_cast<uint32_t>(~(rank_of(x, 0) >> 32)); }
 };
 
 constexpr int kPlaceDigits = 6, kDigits = 10;  // 48 bits of place, then 32 of id
@@ -222,17 +219,9 @@ __device__ void clear(Histogram& h) {
 
 // The bin in which the running mass (or the running count) exceeds `target`; each of the first 256 threads has a bin.
 __device__ Bin locate(Shared& s, uint64_t mass, uint32_t count, uint64_t target, bool by_count) {
-  const int warp = threadIdx.x / 32;
-  if (warp < kBins / 32) {
-    uint64_t mass_to = warp_prefix(mass), count_to = warp_prefix(uint64_t{count});
-    if (threadIdx.x % 32 == 31) s.sums[warp] = mass_to, s.sums_b[warp] = count_to;
-    asm volatile("bar.sync 1, %0;" ::"n"(kBins) : "memory");
-#pragma unroll
-    for (int w = 0; w < kBins / 32; ++w)
-      if (w < warp) mass_to += s.sums[w], count_to += s.sums_b[w];
-    const uint64_t to = by_count ? count_to : mass_to, here = by_count ? count : mass;
-    if (target < to && target >= to - here) s.found = {mass, mass_to - mass, count_to - count, count, threadIdx.x};
-  }
+  const uint64_t mass_to = block_prefix(mass, s.sums), count_to = block_prefix(count, s.sums_b);
+  const uint64_t to = by_count ? count_to : mass_to, here = by_count ? count : mass;
+  if (threadIdx.x < kBins && target < to && target >= to - here) s.found = {mass, mass_to - mass, count_to - count, count, threadIdx.x};
   __syncthreads();
   const Bin bin = s.found;
   __syncthreads();
@@ -278,20 +267,22 @@ struct Search {
   __device__ uint64_t first(float floor) {
     Shared& s = cluster.s;
     Histogram& h = s.histogram[cluster.histogram_turn];
-    uint64_t above = 0;
+    uint64_t above = 0, far_mass = 0;
     uint32_t far = 0;
     tokens.each([&](float x, int32_t) {
-      const float distance = weights.distance(x);
-      if (!(distance < Weights::kFar)) {  // most of them, usually
-        ++far;
-        return;
-      }
-      const uint64_t w = weights.at(distance);
+      const uint64_t w = weights(x);
+      const int bin = static_cast<int>(weights.distance(x) >> 8);
       if (static_cast<float>(w) >= floor) above += w;
-      h.add(Weights::first_digit(distance), 1, w);
+      if (bin == kBins - 1) {  // many of them, usually: not through atomics
+        far_mass += w;
+        ++far;
+      } else {
+        h.add(bin, 1, w);
+      }
     });
     far = warp_sum(far);
-    if (threadIdx.x % 32 == 0 && far) h.add(kBins - 1, far, 0);
+    far_mass = warp_sum(far_mass);
+    if (threadIdx.x % 32 == 0 && far) h.add(kBins - 1, far, far_mass);
     uint64_t mass = 0;
     uint32_t count = 0;
     collect(&mass, &count);
@@ -311,7 +302,7 @@ struct Search {
         Histogram& h = cluster.s.histogram[cluster.histogram_turn];
         const uint32_t first_digit = static_cast<uint32_t>(bucket >> 40);
         tokens.each([&](float x, int32_t id) {
-          if (Weights::first_digit(weights.distance(x)) != first_digit) return;
+          if (weights.distance(x) >> 8 != first_digit) return;
           const uint64_t place = weights.place(x);
           if (shares(place, id, bucket, bucket_id, digits)) h.add(digit_of(place, id, digits), 1, weights(x));
         });
@@ -359,31 +350,39 @@ template <int kParts>
 __device__ Front gather(Cluster<kParts>& cluster, const Part& part, const Weights& weights, uint32_t last) {
   Shared& s = cluster.s;
   part.each([&](float x, int32_t id) {
-    if (Weights::first_digit(weights.distance(x)) <= last) s.front[atomicAdd(&s.n_front, 1)] = rank_of(x, id);
+    if (weights.distance(x) >> 8 <= last) s.front[atomicAdd(&s.n_front, 1)] = rank_of(x, id);
   });
   __syncthreads();
   uint64_t all[kParts];
   cluster.exchange(s.n_front, all);
   if (threadIdx.x == 0) s.n_front = 0;
   Front front{s.front, 0};
-  if (cluster.rank() == 0) {  // the other lists go behind its own
-    for (const uint64_t n : all) front.n += static_cast<int32_t>(n);
-    for (int i = static_cast<int>(all[0]) + static_cast<int>(threadIdx.x); i < front.n; i += kThreads) {
-      int from = 0, begin = 0, end = 0;
+  if (cluster.rank() == 0) {
+    uint64_t mine[kFront / kThreads];
+    int begin = 0;
 #pragma unroll
-      for (int p = 0; p < kParts; ++p) {
-        if (i >= end) from = p, begin = end;
-        end += static_cast<int>(all[p]);
+    for (int p = 0; p < kParts; ++p) {
+      const int n = static_cast<int>(all[p]);
+      const uint64_t* theirs = cluster.at(s.front, p);
+#pragma unroll
+      for (int j = 0; j < kFront / kThreads; ++j) {
+        const int i = static_cast<int>(threadIdx.x) + j * kThreads - begin;
+        if (i >= 0 && i < n) mine[j] = theirs[i];
       }
-      s.front[i] = cluster.at(s.front, from)[i - begin];
+      begin += n;
     }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kFront / kThreads; ++j)
+      if (static_cast<int>(threadIdx.x) + j * kThreads < begin) s.front[threadIdx.x + j * kThreads] = mine[j];
+    front.n = begin;
     __syncthreads();
   }
   return front;
 }
 
 template <int kParts>
-__global__ void __launch_bounds__(kThreads, 2) sample_kernel(const Args a, const bool resident) {
+__device__ __forceinline__ void sample_row(const Args& a, const bool resident) {
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   Cluster<kParts> cluster{s};
@@ -556,6 +555,14 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const Args a, const
     }
   }
   cluster.sync();  // a block's shared memory stays until all have read it
+}
+
+// Every GPU needs one of the two forms; the other is left empty, which halves the time to compile.
+template <int kParts>
+__global__ void __launch_bounds__(kThreads) sample_kernel(const Args a, const bool resident) {
+#if defined(__CUDA_ARCH__)
+  if constexpr ((kParts > 1) == (__CUDA_ARCH__ >= 900)) sample_row<kParts>(a, resident);
+#endif
 }
 
 struct Split {

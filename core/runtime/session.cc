@@ -57,9 +57,10 @@ Session::Session(std::shared_ptr<const Model> model, const prt_session_config& c
   config_.cpu_isa = nullptr;            // the caller's string need not outlive this call
   take_memory();
   if (log_wanted(PRT_LOG_INFO))
-    log_write(PRT_LOG_INFO, text("session: ", on_cuda() ? text("cuda:", model_->device) : text(threads_.size(), " threads, ", isa_name(isa_)),
-                                 ", max_context ", config_.max_context, ", ", config_.n_page, " KV pages (", kv_buffer_.bytes() >> 20,
-                                 " MiB), workspace ", workspace_.bytes() >> 20, " MiB"));
+    log_write(PRT_LOG_INFO,
+              text("session: ", on_cuda() ? text("cuda:", model_->device) : text(threads_.size(), " threads, ", isa_name(isa_)),
+                   ", max_context ", config_.max_context, ", ", config_.n_page, " KV pages (", kv_buffer_.bytes() >> 20,
+                   " MiB), workspace ", workspace_.bytes() >> 20, " MiB"));
 }
 
 int64_t Session::max_entries() const {
@@ -68,9 +69,7 @@ int64_t Session::max_entries() const {
 }
 
 // Room for the penalties and biases of one row at least: (SeenToken + id + value) for every token there is.
-int64_t Session::list_bytes() const {
-  return on_cuda() ? std::max<int64_t>(int64_t{1} << 20, 16 * int64_t{model_->config.n_vocab}) : 0;
-}
+int64_t Session::list_bytes() const { return on_cuda() ? std::max<int64_t>(int64_t{1} << 20, 16 * int64_t{model_->config.n_vocab}) : 0; }
 
 void Session::Inputs::lay_out(Arena arena, int64_t n_tok, int64_t n_entry, int64_t max_pages, int64_t list_bytes) {
   out_rows = arena.take(DType::i32, kLogitRows);
@@ -102,7 +101,7 @@ int64_t Session::layout(Arena& arena) {
   act_ = Activations::take(arena, backend_, c, n, max_entries(), kLogitRows, config_.max_context);
   rope_ = {arena.take(DType::f32, c.d_head / 2), rope_table_.attention_factor};
   out_x_ = arena.take(DType::f32, kLogitRows, c.d_model);
-  logits_scratch_ = arena.take(DType::f32, linear_scratch_bytes(backend_, kLogitRows, c.d_model, c.n_vocab, false) / 4);
+  logits_scratch_ = arena.take(DType::f32, linear_scratch_bytes(backend_, kLogitRows, c.d_model, c.n_vocab, true, false) / 4);
   sample_scratch_ = arena.take(DType::f32, sample_scratch_bytes(backend_, kLogitRows, c.n_vocab) / 4);
   seen_by_ops_.lay_out(arena.here(), n, max_entries(), max_pages_, list_bytes());
   arena.take(DType::i32, seen_by_ops_.bytes / 4);
@@ -119,8 +118,8 @@ void Session::take_memory() {
   if (kv > free - workspace) {
     const int64_t fits = std::max<int64_t>(0, (free - workspace) / page) * kPageTokens;
     fail(PRT_OUT_OF_MEMORY, "a KV cache of ", config_.n_page, " pages (", int64_t{config_.n_page} * kPageTokens, " tokens) needs ",
-         kv >> 20, " MiB and the workspace ", workspace >> 20, " MiB; ", free >> 20, " MiB are free", on_cuda() ? text(" on cuda:", model_->device) : "",
-         ", which fits ", fits, " tokens");
+         kv >> 20, " MiB and the workspace ", workspace >> 20, " MiB; ", free >> 20, " MiB are free",
+         on_cuda() ? text(" on cuda:", model_->device) : "", ", which fits ", fits, " tokens");
   }
   if (on_cuda()) {
     kv_buffer_ = device_buffer(model_->device, kv, "the KV cache");
@@ -416,7 +415,8 @@ void Session::run_outputs(const prt_batch& b) {
         send_outputs();
       }
       const int64_t m = samplers_end_ - i;
-      Sample op{logits.rows(i, m), reinterpret_cast<const SampleRow*>(in.sample_rows.data) + i, result.tokens.rows(i, m), {}, {}, {}, sample_scratch_};
+      Sample op{logits.rows(i, m), reinterpret_cast<const SampleRow*>(in.sample_rows.data) + i, result.tokens.rows(i, m), {}, {}, {},
+                sample_scratch_};
       if (b.sampled_logprobs) op.logprobs = result.logprobs.rows(i, m);
       if (b.n_top > 0) {
         op.top_ids = top_ids_.rows(i, m);
