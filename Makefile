@@ -71,7 +71,7 @@ $(VENV)/.tools: $(BIN)/python pyproject.toml
 	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 	  $(call fail,no C++ compiler was found. Install GCC 11 or newer (Debian and Ubuntu: apt install g++) or set CXX to yours)
 	@echo "== fetching the build tools"
-	$(PIP) install 'scikit-build-core>=0.10' 'cmake>=3.22' ninja
+	$(PIP) install 'scikit-build-core>=0.10' 'cmake>=3.26' ninja
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
