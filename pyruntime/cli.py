@@ -119,6 +119,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _int_list(text: str) -> list[int]:
+    """ "0,8192" -> [0, 8192]"""
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or a list of numbers with commas") from None
+
+
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="catalogue name, hub repository (org/name), folder, or .gguf file")
     group = parser.add_argument_group("model")

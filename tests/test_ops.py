@@ -613,7 +613,7 @@ HOSTILE = [
     ("rms_norm", None, [math.nan], "eps"),
     ("rms_norm", None, [-1.0], "eps is -1"),
     ("linear", with_array(2, np.zeros((16, 31), np.uint16)), None, "weight .*31.*32"),
-    ("linear", with_array(2, np.zeros((16, 32), I32)), None, "weight|x .*expected .*i32"),
+    ("linear", with_array(2, np.zeros((16, 32), I32)), None, "weight"),
     ("linear", with_array(0, np.zeros((2, 17), F32)), None, "out .*17.*16"),
     ("linear", with_array(0, np.zeros((3, 16), F32)), None, "out .*3.*2"),
     ("linear", with_array(1, np.zeros((2, 32), np.float16)), None, "x .*f16"),

@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -121,7 +122,10 @@ CudaContext::CudaContext(int32_t device) {
   const DeviceScope scope(device);
   const cudaDeviceProp p = properties(device);
   stream_.device = device;
-  stream_.arch = 10 * p.major + p.minor;
+  // What the code was compiled for, where that is older than the device: PTX of another generation has none of this one's instructions.
+  cudaFuncAttributes code{};
+  cuda_check(cudaFuncGetAttributes(&code, probe), "the code of this device");
+  stream_.arch = std::min(10 * p.major + p.minor, code.ptxVersion);
   stream_.n_sm = p.multiProcessorCount;
   stream_.smem_per_block = static_cast<int32_t>(p.sharedMemPerBlockOptin);
   stream_.l2_bytes = p.l2CacheSize;

@@ -1,6 +1,8 @@
 // prt_op_run("attention_prefill" or "attention_decode", {out, q, k_pages, v_pages, q_begin, kv_len, page_table}, {window, scale})
 #include "ops/attention.h"
 
+#include <string_view>
+
 #include "ops/contents.h"
 #include "ops/cpu_table.h"
 #include "ops/cuda_table.h"
@@ -39,6 +41,9 @@ void check_contents(const char* op, const Attention& a) {
       check(page >= 0 && page < n_page, op, ": page ", page, " (number ", p, " of entry ", e, ") is outside the ", n_page, " pages");
     }
   }
+  if (std::string_view(op) != "attention_decode") return;
+  for (int64_t e = 0; e < n_entry; ++e)
+    check(begin[e + 1] - begin[e] == 1, op, ": entry ", e, " has ", begin[e + 1] - begin[e], " query rows, expected 1");
 }
 
 int64_t attention_scratch_bytes(const Backend& backend, int64_t n_decode, int64_t max_context, int64_t h_q, int64_t h_kv, int64_t d) {

@@ -37,6 +37,7 @@ int64_t linear_scratch_bytes(const Backend& backend, int64_t n_row, int64_t n_in
 
 void linear(const Backend& backend, const Linear& a) {
   const DType act = backend.activation(a.weight.dtype);
+  check_stored("linear", "weight", a.weight, {-1, -1});
   check_shape("linear", "x", a.x, a.norm ? DType::f32 : act, {-1, -1});
   const int64_t n_row = a.x.shape[0], n_in = a.x.shape[1];
   check(n_in > 0, "linear: x has no columns");

@@ -143,10 +143,6 @@ void dispatch(Call& c) {
     a.scratch = c.scratch(attention_scratch_bytes(c.backend, a.kv_len.shape[0], a.page_table.shape[1] * kPageTokens, a.q.shape[1] / d,
                                                   a.k_pages.shape[1], d));
     c.run(c.op == "attention_prefill" ? attention_prefill : attention_decode, a);
-    for (int64_t e = 0; c.only_check && c.op == "attention_decode" && e < a.kv_len.shape[0]; ++e) {
-      const int32_t* begin = a.q_begin.as<int32_t>() + e;
-      check(begin[1] - begin[0] == 1, "attention_decode: entry ", e, " has ", begin[1] - begin[0], " query rows, expected 1");
-    }
   } else if (c.op == "silu_mul") {
     c.expect(2, 0);
     c.run(silu_mul, {t[0], t[1]});

@@ -1,4 +1,5 @@
 // prt_op_run("sample", {logits, tokens, uniforms}, {temperature, top_k, top_p, min_p})
+// and, the same for all rows, {..., logprobs, top_ids, top_logprobs, seen, bias_ids, bias_values or empty} with the three penalties
 #include "ops/contents.h"
 #include "ops/cpu_table.h"
 #include "ops/cuda_table.h"
