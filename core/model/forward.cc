@@ -17,10 +17,17 @@ Activations Activations::take(Arena& arena, const Backend& b, const ModelConfig&
   a.ff = network.take(act, n, c.d_ff);
   a.logits = output.take(DType::f32, n_logit, c.n_vocab);
   arena.skip(std::max({attention.used(), network.used(), output.used()}));
-  const int64_t linear_bytes = std::max({linear_scratch_bytes(b, n, c.d_model, c.qkv_size(), true, false),
-                                         linear_scratch_bytes(b, n, c.q_size(), c.d_model, false, false),
-                                         linear_scratch_bytes(b, n, c.d_model, 2 * int64_t{c.d_ff}, true, true),
-                                         linear_scratch_bytes(b, n, c.d_ff, c.d_model, false, false)});
+  struct Product {
+    int64_t n_row, n_in, n_out;
+    bool norm, gated;
+  };
+  int64_t linear_bytes = 0;
+  for (const Product& p : {Product{n, c.d_model, c.qkv_size(), true, false},              // qkv
+                           Product{n, c.q_size(), c.d_model, false, false},               // o
+                           Product{n, c.d_model, 2 * int64_t{c.d_ff}, true, true},        // gate and up
+                           Product{n, c.d_ff, c.d_model, false, false},                   // down
+                           Product{n_logit, c.d_model, c.n_vocab, true, false}})          // lm_head
+    linear_bytes = std::max(linear_bytes, linear_scratch_bytes(b, p.n_row, p.n_in, p.n_out, p.norm, p.gated));
   a.linear_scratch = arena.take(DType::f32, linear_bytes / 4);
   a.attention_scratch = arena.take(DType::f32, attention_scratch_bytes(b, n_decode, max_context, c.h_q, c.h_kv, c.d_head) / 4);
   return a;
@@ -76,8 +83,9 @@ void forward(const Backend& b, const ModelConfig& c, const Weights& w, const Rop
   }
 }
 
-void output_logits(const Backend& b, const ModelConfig& c, const Weights& w, const Tensor& x, const Tensor& scratch, const Tensor& logits) {
-  linear(b, {.out = logits, .x = x, .weight = w.lm_head, .norm = w.norm, .norm_eps = c.norm_eps, .scratch = scratch});
+void output_logits(const Backend& b, const ModelConfig& c, const Weights& w, const Tensor& x, const Activations& act,
+                   const Tensor& logits) {
+  linear(b, {.out = logits, .x = x, .weight = w.lm_head, .norm = w.norm, .norm_eps = c.norm_eps, .scratch = act.linear_scratch});
 }
 
 }  // namespace prt

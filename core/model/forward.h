@@ -49,7 +49,7 @@ void forward(const Backend& backend, const ModelConfig& config, const Weights& w
              const Rows& rows, const Activations& act, bool (*keep_going)(void*), void* user);
 
 // logits[i] = lm_head norm(x[i])
-void output_logits(const Backend& backend, const ModelConfig& config, const Weights& weights, const Tensor& x, const Tensor& scratch,
+void output_logits(const Backend& backend, const ModelConfig& config, const Weights& weights, const Tensor& x, const Activations& act,
                    const Tensor& logits);
 
 }  // namespace prt

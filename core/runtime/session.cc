@@ -101,7 +101,6 @@ int64_t Session::layout(Arena& arena) {
   act_ = Activations::take(arena, backend_, c, n, max_entries(), kLogitRows, config_.max_context);
   rope_ = {arena.take(DType::f32, c.d_head / 2), rope_table_.attention_factor};
   out_x_ = arena.take(DType::f32, kLogitRows, c.d_model);
-  logits_scratch_ = arena.take(DType::f32, linear_scratch_bytes(backend_, kLogitRows, c.d_model, c.n_vocab, true, false) / 4);
   sample_scratch_ = arena.take(DType::f32, sample_scratch_bytes(backend_, kLogitRows, c.n_vocab) / 4);
   seen_by_ops_.lay_out(arena.here(), n, max_entries(), max_pages_, list_bytes());
   arena.take(DType::i32, seen_by_ops_.bytes / 4);
@@ -398,7 +397,7 @@ void Session::run_outputs(const prt_batch& b) {
       embedding(backend_, {x, in.out_rows.rows(0, n), act_.x});
     }
     const Tensor logits = act_.logits.rows(0, n);
-    output_logits(backend_, c, model_->weights, x, logits_scratch_, logits);
+    output_logits(backend_, c, model_->weights, x, act_, logits);
     for (int64_t i = 0; i < n; ++i) {
       if (!b.logits_mask || !b.logits_mask[out[i].batch_row]) continue;
       float* to = b.logits + logits_row_[static_cast<size_t>(out[i].batch_row)] * c.n_vocab;

@@ -101,7 +101,7 @@ class Session {
   KvCache kv_;
   Rope rope_;
   Activations act_;
-  Tensor out_x_, logits_scratch_, sample_scratch_;
+  Tensor out_x_, sample_scratch_;
   Inputs in_, seen_by_ops_;        // the host's view and the operations'; the same memory on the CPU
   Results out_, written_by_ops_;
   Inputs slots_[2];                // on a GPU in_ alternates between two, so that the next chunk is written while one is on its way
