@@ -75,7 +75,7 @@ $(VENV)/.tools: $(BIN)/python pyproject.toml
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
-	@echo "== compiling and installing pyruntime into $(VENV) (the first time takes 3 minutes on two cores, 8 with CUDA; then only what changed)"
+	@echo "== compiling and installing pyruntime into $(VENV) (the first time takes 3 minutes on two cores, several times that with CUDA; then only what changed)"
 	$(PIP) install --no-build-isolation .
 	@touch $@
 
