@@ -34,7 +34,7 @@ prt_session_config complete(prt_session_config s, const Model& m) {
   in_range("n_threads", s.n_threads, 1024);
   if (s.max_context == 0) s.max_context = model.max_position;
   if (s.n_page == 0) s.n_page = static_cast<int32_t>(pages_for(s.max_context));
-  // On a GPU 1024 rows fill every product of an 8B model (docs/kernels/gemm.md) with half the working memory of 2048.
+  // On a GPU 1024 rows fill every product of an 8B model (docs/kernels/linear_gemm_cuda.md) with half the working memory of 2048.
   if (s.max_batch_tokens == 0) s.max_batch_tokens = m.device == Weights::kHost ? 512 : 1024;
   if (m.device != Weights::kHost) s.n_threads = 1;
   if (s.n_threads == 0) s.n_threads = usable_cores();
