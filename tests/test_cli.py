@@ -102,7 +102,7 @@ def test_run_json(tiny: str, made: dict[str, str], capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert report["text"] == made["plain"] and err == "" and out.count("\n") == 1
-    assert report["usage"] == {"prompt_tokens": 5, "completion_tokens": 12} and report["finish_reason"] == "length"
+    assert report["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "cached_tokens": 0} and report["finish_reason"] == "length"
     assert len(report["token_ids"]) == 12 and set(report["timings"]) >= {"time_to_first_token", "decode_tok_s"}
 
 
