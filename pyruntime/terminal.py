@@ -86,7 +86,7 @@ class _Terminal:
                 self._note("")
             except PyruntimeError as error:
                 code = 0 if self._is_terminal else 1
-                advice = ": /undo takes back the last exchange, /clear all of them" if isinstance(error, ContextLengthError) else ""
+                advice = "; /undo takes back the last exchange, /clear all of them" if isinstance(error, ContextLengthError) else ""
                 self._note(f"pyruntime: error: {error}{advice}")
 
     def _command(self, line: str) -> bool | None:
@@ -124,7 +124,7 @@ class _Terminal:
     def _system(self, text: str) -> None:
         if text:
             self._conversation.set_system(None if text in ('""', "''") else text)
-        self._note(f"system message: {self._conversation.system or 'none'}")
+        self._note(f"system message: {printable(self._conversation.system or 'none')}")
 
     def _attention(self, policy: str) -> None:
         if policy:
@@ -181,9 +181,13 @@ def load(model: Model, conversation: Conversation, path: Path) -> str:
 
 
 def shorten(text: str, width: int = 60) -> str:
-    """The start of a text on one line, without what a terminal would take for a control sequence."""
-    line = "".join(c if c.isprintable() else " " for c in text[: width + 1])
-    return line if len(text) <= width else line[:width] + "..."
+    """The start of a text, on one line."""
+    return printable(text[:width]).replace("\n", " ") + ("..." if len(text) > width else "")
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would take for a control sequence: a loaded file is somebody else's text."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def _line_reader(is_terminal: bool) -> Callable[[str], str]:
@@ -227,7 +231,7 @@ def _stats(model: Model, conversation: Conversation) -> str:
         usage, t = done.usage, done.timings
         rows += [
             f"last answer   {usage.prompt_tokens} prompt tokens, {usage.cached_tokens} of them cached; {t.prefill_tok_s:.1f} tok/s",
-            f"              {usage.completion_tokens} new tokens, the first after {t.time_to_first_token:.2f} s; {t.decode_tok_s:.1f} tok/s",
+            f"              {usage.completion_tokens} new tokens, first after {t.time_to_first_token:.2f} s; {t.decode_tok_s:.1f} tok/s",
         ]
     rows += [
         f"in all        read {prefill}; generated {decode}",
