@@ -157,14 +157,15 @@ def read_message(read: Callable[[str], str], *, keep_unfinished: bool) -> tuple[
     """
     line = read(PROMPT)
     is_block = line.strip() == QUOTES
-    lines = [] if is_block else [line]
+    lines: list[str] = []
     try:
-        while is_block or lines[-1].endswith("\\"):
-            line = read(MORE)
-            if is_block and line.strip() == QUOTES:
-                break
-            if not is_block:
-                lines[-1] = lines[-1][:-1]
+        if is_block:
+            while (line := read(MORE)).strip() != QUOTES:
+                lines.append(line)
+        else:
+            while line.endswith("\\"):
+                lines.append(line[:-1])
+                line = read(MORE)
             lines.append(line)
     except EOFError:
         if not keep_unfinished:

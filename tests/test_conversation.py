@@ -96,6 +96,18 @@ def test_a_second_turn_reads_only_what_is_new(smollm2: pyruntime.Model) -> None:
     talk.close()
 
 
+def test_kept_of_a_chat(tiny: pyruntime.Model) -> None:
+    messages = [{"role": "user", "content": "one"}]
+    with tiny.keep() as kept:
+        first = tiny.chat(messages, kept=kept, temperature=0, max_tokens=5)
+        again = tiny.chat(messages, kept=kept, temperature=0, max_tokens=5)
+        assert again.token_ids == first.token_ids and again.usage.cached_tokens == again.usage.prompt_tokens - 1
+        piece = tiny.chat(messages, kept=kept, stream=True, ignore_eos=True)
+        next(piece)
+        piece.close()  # the sequence comes back, to be gone on from
+        assert len(kept.tokens) >= first.usage.prompt_tokens
+
+
 def test_pages_of_a_conversation_count(folder: Path) -> None:
     """What a conversation holds is not promised to others, and comes back with close()."""
     with pyruntime.Model(folder, threads=1) as model:
