@@ -112,6 +112,8 @@ class _Terminal:
         done = self._conversation.last
         if begun or done is not before:
             print(flush=True)
+        elif stopped:
+            self._note("")  # the ^C has a line of its own
         if self._quiet and not self._is_terminal:
             return
         if stopped:
@@ -217,7 +219,12 @@ def _line_reader(is_terminal: bool) -> Callable[[str], str]:
 def _path(command: str, name: str) -> Path:
     if not name:
         raise InvalidArgumentError(f"/{command} needs the name of a file")
-    return Path(name).expanduser()
+    try:
+        if "\0" not in name:
+            return Path(name).expanduser()
+    except RuntimeError:  # ~ of a user that does not exist
+        pass
+    raise InvalidArgumentError(f"/{command}: {name!r} cannot be the name of a file")
 
 
 def _stats(model: Model, conversation: Conversation) -> str:

@@ -116,9 +116,20 @@ def test_commands(tiny: str, answers: list[str], tmp_path: Path) -> None:
         "/system Brief.",
         "/system",
     ]
-    lines += ['/system ""', "/attention", "/attention full", "/clear", "/undo", "/attention tactic", "/fly", "/save"]
+    lines += [
+        '/system ""',
+        "/attention",
+        "/attention full",
+        "/clear",
+        "/undo",
+        "/attention tactic",
+        "/fly",
+        "/save",
+        "/save ~no-such-user/x",
+        "/load a\0b",
+    ]
     code, out, err = shell("chat", tiny, "-q", *GREEDY, stdin="\n".join(lines).encode())
-    assert code == 1  # of the last four
+    assert code == 1  # of the last six
     assert out == "\n".join([answers[0], answers[1], answers[0], answers[1]]) + "\n"
     for part in (
         "/retry             answer", f"{file}: 2 messages saved", f"{file}: 2 messages loaded\n", "taken back: two", "a new conversation",
@@ -131,6 +142,8 @@ def test_commands(tiny: str, answers: list[str], tmp_path: Path) -> None:
         "attention is 'tactic', expected 'full', the only policy of this version",
         "there is no command /fly: /help lists them, and a space before the / makes it a message",
         "/save needs the name of a file",
+        "/save: '~no-such-user/x' cannot be the name of a file",
+        "/load: 'a\\x00b' cannot be the name of a file",
     ]
     said = [{"role": "user", "content": "one"}, {"role": "assistant", "content": answers[0]}]
     assert json.loads(file.read_text()) == {"model": tiny, "messages": said}
@@ -182,6 +195,21 @@ def test_closed_stdin(tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main(["chat", tiny, "-q"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_ctrl_c_in_a_pipe(tmp_path: Path) -> None:
+    """Nobody is at the prompt that it would go back to."""
+    model = write_tiny_model(tmp_path / "long", max_position_embeddings=1 << 20)
+    options = ["-q", "--temperature", "0", "--ignore-eos", "--max-context", "200000", "-t", "1"]
+    with subprocess.Popen([*COMMAND, "chat", str(model), *options], stdin=-1, stdout=-1, stderr=-1) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(b"one\ntwo\n")
+        process.stdin.flush()
+        assert process.stdout.read(50)
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert (process.wait(30), process.stderr.read()) == (130, b"\npyruntime: stopped\n")
 
 
 # ---------------------------------------------------------------- a terminal
