@@ -320,14 +320,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminals: list[Pty], tmp_p
         t.send(f"/save {tmp_path / 'c.json'}\n")
         t.wait(f"{n} messages saved\r\n> ")
         assert len(json.loads((tmp_path / "c.json").read_text())["messages"][-1]["content"]) > 10
-    t.send('"""\n' + ("x" * 1000 + "\n") * 100)  # 100,000 tokens: Ctrl-C while they are read
-    t.wait("x\r\n. ")
-    t.send('"""\n')
+    long = [{"role": "user", "content": "x" * 100_000}, {"role": "assistant", "content": "y"}]  # Ctrl-C while it is read
+    (tmp_path / "long.json").write_text(json.dumps({"model": "another", "messages": long}))
+    t.send(f"/load {tmp_path / 'long.json'}\n")
+    t.wait("2 messages loaded, saved with another\r\n> ")
+    t.send("go on\n")
+    t.wait("go on\r\n")
     time.sleep(1.0)
     t.send("\x03")
     t.wait("[stopped before the first word: the question is taken back]\r\n> ")
     t.send("/stats\n")
-    t.wait("conversation  4 messages")
+    t.wait("conversation  2 messages")
     t.send("/exit\n")
     assert t.process.wait(30) == 0
 
