@@ -13,6 +13,7 @@ from .errors import InvalidArgumentError, PyruntimeError
 _EXAMPLES = """\
 examples:
   pyruntime run smollm2-135m --chat "What is the capital of France?"
+  pyruntime chat smollm2-135m --system "Answer in one sentence."
   pyruntime run ./my-model "Once upon a time" --max-tokens 64 --temperature 0
   pyruntime perplexity smollm2-135m --file book.txt --tokens 2048
   pyruntime info
@@ -73,19 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--chat", action="store_true", help="answer the prompt as a chat message, through the model's chat template")
     run.add_argument("--system", metavar="TEXT", help="system message (with --chat)")
     run.add_argument("--json", action="store_true", help="print the completion as one JSON object instead of streaming text")
-    sampling = run.add_argument_group("sampling (defaults: the model's own)")
-    sampling.add_argument("--max-tokens", type=int, metavar="N", help="most new tokens (default: until the end token)")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    sampling.add_argument("--top-k", type=int, metavar="K")
-    sampling.add_argument("--top-p", type=float, metavar="P")
-    sampling.add_argument("--min-p", type=float, metavar="P")
-    sampling.add_argument("--repetition-penalty", type=float, metavar="R")
-    sampling.add_argument("--presence-penalty", type=float, metavar="R")
-    sampling.add_argument("--frequency-penalty", type=float, metavar="R")
-    sampling.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
-    sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (may be repeated)")
-    sampling.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end token")
+    _sampling_arguments(run)
     run.set_defaults(command=_run)
+
+    chat = commands.add_parser("chat", help="talk with a model in the terminal; /help there lists the commands")
+    _model_arguments(chat)
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    chat.add_argument("--load", type=Path, metavar="FILE", help="go on from a conversation that /save wrote")
+    _sampling_arguments(chat)
+    chat.set_defaults(command=_chat)
 
     pull = commands.add_parser("pull", help="download a model")
     pull.add_argument("model", help="catalogue name or hub repository")
@@ -138,6 +135,29 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-q", "--quiet", action="store_true", help="no progress, no timings on stderr")
 
 
+_SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+             "seed", "stop", "ignore_eos")  # fmt: skip
+
+
+def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    sampling = parser.add_argument_group("sampling (defaults: the model's own)")
+    sampling.add_argument("--max-tokens", type=int, metavar="N", help="most new tokens (default: until the end token)")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    sampling.add_argument("--top-k", type=int, metavar="K")
+    sampling.add_argument("--top-p", type=float, metavar="P")
+    sampling.add_argument("--min-p", type=float, metavar="P")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R")
+    sampling.add_argument("--presence-penalty", type=float, metavar="R")
+    sampling.add_argument("--frequency-penalty", type=float, metavar="R")
+    sampling.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (may be repeated)")
+    sampling.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end token")
+
+
+def _sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in _SAMPLING}
+
+
 def _open(arguments: argparse.Namespace) -> Any:
     from .model import Model
 
@@ -182,8 +202,7 @@ def _run(arguments: argparse.Namespace) -> int:
         prompt = _read_text(arguments.file) + ("\n\n" + prompt if prompt else "")
     if arguments.system is not None and not arguments.chat:
         raise InvalidArgumentError("--system needs --chat")
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    options = {name: getattr(arguments, name) for name in (*names, "seed", "stop", "ignore_eos")}
+    options = _sampling_options(arguments)
     with _open(arguments) as model:
         messages = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
         messages.append({"role": "user", "content": prompt})
@@ -213,6 +232,21 @@ def _run(arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     return code
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from . import terminal
+    from .conversation import Conversation
+
+    with _open(arguments) as model:
+        conversation = Conversation(model, system=arguments.system, **_sampling_options(arguments))
+        if arguments.load:
+            said = terminal.load(model, conversation, arguments.load)
+            if arguments.system is not None:
+                conversation.set_system(arguments.system)
+            if not arguments.quiet:
+                print(said, file=sys.stderr)
+        return terminal.chat(model, conversation, quiet=arguments.quiet)
 
 
 def _pull(arguments: argparse.Namespace) -> int:

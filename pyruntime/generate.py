@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from . import _abi
 from .errors import ContextLengthError, OutOfPagesError
+from .kept import KeptSequence
 from .sampling import SamplingParams
 from .session import Entry, Sampler, Session, StepResult
 from .stop import StopMatcher
@@ -29,10 +30,11 @@ class TokenLogprob:
 
 @dataclass(slots=True)
 class Usage:
-    """Token counts of one completion."""
+    """Token counts of one completion. cached_tokens: those of the prompt that were in the KV cache already."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -43,7 +45,7 @@ class Usage:
 class Timings:
     """Seconds and rates of one completion; a batch shares its steps, so the rates of its members do not add up.
 
-    time_to_first_token: from the call.  prefill_tok_s: prompt tokens over that time.
+    time_to_first_token: from the call.  prefill_tok_s: prompt tokens, without the cached ones, over that time.
     decode_tok_s: tokens after the first over the time they took; 0 with fewer than two tokens.
     """
 
@@ -89,8 +91,9 @@ class Request:
         n_vocab: int,
         max_context: int,
         longest_context: int,
+        kept: KeptSequence | None = None,
     ) -> None:
-        self.prompt, self.params, self.tokenizer = prompt, params, tokenizer
+        self.prompt, self.params, self.tokenizer, self.kept = prompt, params, tokenizer, kept
         if len(prompt) >= max_context:
             larger = f", or load the model with a larger max_context (up to {longest_context})" if max_context < longest_context else ""
             raise ContextLengthError(
@@ -109,7 +112,7 @@ class Request:
             self.sampler.set_bias({**params.logit_bias, **banned})
         self.detokenizer = tokenizer.stream(continuation=True)
         self.matcher = StopMatcher(params.stop)
-        self.seq = 0
+        self.seq = self.n_cached = 0
         self.token_ids: list[int] = []
         self.pieces: list[str] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
@@ -166,9 +169,12 @@ class Request:
             finish_reason=self.finish_reason or "abort",
             stop_reason=self.stop_reason,
             seed=self.seed,
-            usage=Usage(len(self.prompt), n),
+            usage=Usage(len(self.prompt), n, self.n_cached),
             timings=Timings(
-                first, total, len(self.prompt) / first if first > 0 else 0.0, (n - 1) / decode if n > 1 and decode > 0 else 0.0
+                first,
+                total,
+                (len(self.prompt) - self.n_cached) / first if first > 0 else 0.0,
+                (n - 1) / decode if n > 1 and decode > 0 else 0.0,
             ),
             logprobs=self.logprobs,
         )
@@ -203,14 +209,8 @@ def run(session: Session, requests: Sequence[Request], budget: PageBudget) -> It
     try:
         while waiting or active:
             fresh: list[int] = []
-            while waiting and budget.take(requests[waiting[0]].pages):
-                index = waiting.popleft()
-                try:
-                    requests[index].seq = session.create_sequence()
-                except BaseException:
-                    budget.give(requests[index].pages)
-                    raise
-                fresh.append(index)
+            while waiting and _join(session, requests[waiting[0]], budget):
+                fresh.append(waiting.popleft())
             order = active = fresh + active
             if not order:
                 raise OutOfPagesError(
@@ -218,7 +218,7 @@ def run(session: Session, requests: Sequence[Request], budget: PageBudget) -> It
                     "give max_tokens, or wait until other calls on this model are done"
                 )
             entries = [
-                Entry(requests[i].seq, requests[i].prompt if i in fresh else requests[i].token_ids[-1:], requests[i].sampler) for i in order
+                Entry(r.seq, r.prompt[r.n_cached :] if i in fresh else r.token_ids[-1:], r.sampler) for i in order for r in [requests[i]]
             ]
             n_top = max((requests[i].params.logprobs or 0 for i in order), default=0)
             result = session.step(entries, logprobs=any(requests[i].logprobs is not None for i in order), n_top=n_top)
@@ -237,10 +237,26 @@ def run(session: Session, requests: Sequence[Request], budget: PageBudget) -> It
                 _leave(session, request, budget)
 
 
+def _join(session: Session, request: Request, budget: PageBudget) -> bool:
+    """Gives the request a sequence, if its pages are free; those of a kept sequence are already spoken for."""
+    kept = request.kept
+    if not budget.take(request.pages - (kept.pages if kept else 0)):
+        return False
+    try:
+        request.seq, request.n_cached = kept.take(request.prompt) if kept else (session.create_sequence(), 0)
+    except BaseException:
+        budget.give(request.pages)
+        raise
+    return True
+
+
 def _leave(session: Session, request: Request, budget: PageBudget) -> None:
-    session.free_sequence(request.seq)
-    request.seq = 0
-    budget.give(request.pages)
+    seq, request.seq = request.seq, 0
+    if request.kept:
+        request.kept.put(seq, [*request.prompt, *request.token_ids])
+    else:
+        session.free_sequence(seq)
+    budget.give(request.pages - (request.kept.pages if request.kept else 0))
 
 
 def _record(request: Request, result: StepResult, row: int) -> None:

@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .config import ModelConfig
 from .errors import ContextLengthError, DeviceError, InvalidArgumentError, OutOfMemoryError, OutOfPagesError, UnsupportedModelError
 from .generate import Completion, PageBudget, Request, run
+from .kept import KeptSequence
 from .sampling import SamplingParams
 from .session import DTYPES, Entry, FloatArray, Session, Weights
 from .tokenizer import Tokenizer
@@ -57,8 +58,7 @@ class Model:
         progress: bool = False,
         offline: bool = False,
     ) -> None:
-        if attention != "full":
-            raise InvalidArgumentError(f"attention is {attention!r}, expected 'full', the only policy of this version")
+        self.attention = attention
         if dtype not in ("auto", *DTYPES):
             raise InvalidArgumentError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, DTYPES))}")
         for what, value, most in (("max_context", max_context, 2**31 - 1), ("threads", threads, 1024)):
@@ -109,6 +109,17 @@ class Model:
         context = max_context or min(c.context_length, fit * PAGE_TOKENS)
         return context, min(fit, _POOL_SEQUENCES * -(-context // PAGE_TOKENS))
 
+    @property
+    def attention(self) -> str:
+        """The decode attention policy."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, policy: str) -> None:
+        if policy != "full":
+            raise InvalidArgumentError(f"attention is {policy!r}, expected 'full', the only policy of this version")
+        self._attention = policy
+
     # -- text and tokens
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -122,6 +133,10 @@ class Model:
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template: Any) -> str:
         """The prompt text that the model's own chat template makes of the messages. template: extra variables for the template."""
         return self._chat_template().render(messages, add_generation_prompt=add_generation_prompt, **template)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The token ids that chat() reads. Control tokens spelled out in a message stay text."""
+        return self.tokenizer.encode_chat(self._chat_template().render(messages, literal=self.tokenizer.special_texts))
 
     def _chat_template(self) -> ChatTemplate:
         if self._template is None:
@@ -137,10 +152,13 @@ class Model:
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Stream: ...
 
-    def generate(self, prompt: Any, *, stream: bool = False, **options: Any) -> Completion | list[Completion] | Stream:
+    def generate(
+        self, prompt: Any, *, stream: bool = False, kept: KeptSequence | None = None, **options: Any
+    ) -> Completion | list[Completion] | Stream:
         """Continues a prompt (text or token ids), or a list of prompts as one batch.
 
         stream: return an iterator of text increments (see Stream) instead of a Completion.
+        kept: from keep(); only the tokens after what this prompt shares with the last one are read. The result is the same.
         options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p, seed, stop, logprobs, ...), over the defaults
         of the model's generation_config. Without max_tokens it goes on until the end token or until the context is full.
 
@@ -157,8 +175,12 @@ class Model:
             raise InvalidArgumentError(f"logprobs is {params.logprobs}, more than the vocabulary of {self.config.n_vocab}")
         if is_list and stream:
             raise InvalidArgumentError("stream=True takes one prompt, not a list")
+        if is_list and kept is not None:
+            raise InvalidArgumentError("kept takes one prompt, not a list")
+        if kept is not None and kept.session is not self._session:
+            raise InvalidArgumentError("kept belongs to another model: take one from keep() of this model")
         prompts = [self._prompt_ids(p) for p in (prompt if is_list else [prompt])]
-        requests = [self._request(ids, params) for ids in prompts]
+        requests = [self._request(ids, params, kept) for ids in prompts]
         if stream:
             return Stream(self._open_session(), requests[0], self._budget)
         for _ in run(self._open_session(), requests, self._budget):
@@ -171,8 +193,12 @@ class Model:
 
         Control tokens spelled out in a message stay text: a user cannot end their turn with "<|im_end|>".
         """
-        ids = self.tokenizer.encode_chat(self._chat_template().render(messages, literal=self.tokenizer.special_texts))
+        ids = self.chat_ids(messages)
         return self.generate(ids, stream=True, **options) if stream else self.generate(ids, **options)
+
+    def keep(self) -> KeptSequence:
+        """A place in the KV cache for the prompts of one conversation, each of which goes on from the last; close() gives it back."""
+        return KeptSequence(self._open_session(), self._budget)
 
     # -- scoring
 
@@ -216,7 +242,14 @@ class Model:
             f"{kind}_tok_s": session[f"n_{kind}_token"] / session[f"{kind}_seconds"] if session[f"{kind}_seconds"] else 0.0
             for kind in ("prefill", "decode")
         }
-        return {"device": self.device, "dtype": self.dtype, "attention": "full", "weight_bytes": self._weights.nbytes, **session, **rate}
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "attention": self.attention,
+            "weight_bytes": self._weights.nbytes,
+            **session,
+            **rate,
+        }
 
     def close(self) -> None:
         """Frees weights and KV cache. Harmless when called twice."""
@@ -251,7 +284,7 @@ class Model:
         finally:
             self._budget.give(pages)
 
-    def _request(self, ids: list[int], params: SamplingParams) -> Request:
+    def _request(self, ids: list[int], params: SamplingParams, kept: KeptSequence | None = None) -> Request:
         return Request(
             ids,
             params,
@@ -260,6 +293,7 @@ class Model:
             n_vocab=self.config.n_vocab,
             max_context=self.max_context,
             longest_context=self.config.context_length,
+            kept=kept,
         )
 
     def _prompt_ids(self, prompt: Any) -> list[int]:

@@ -102,7 +102,7 @@ def test_run_json(tiny: str, made: dict[str, str], capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert report["text"] == made["plain"] and err == "" and out.count("\n") == 1
-    assert report["usage"] == {"prompt_tokens": 5, "completion_tokens": 12} and report["finish_reason"] == "length"
+    assert report["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "cached_tokens": 0} and report["finish_reason"] == "length"
     assert len(report["token_ids"]) == 12 and set(report["timings"]) >= {"time_to_first_token", "decode_tok_s"}
 
 
@@ -286,11 +286,12 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         return capsys.readouterr().out
 
     text = help_of()
-    for word in ("run", "pull", "list", "info", "perplexity", "bench", "examples:", "smollm2-135m"):
+    for word in ("run", "chat", "pull", "list", "info", "perplexity", "bench", "examples:", "smollm2-135m"):
         assert word in text
-    for name in ("run", "pull", "list", "info", "perplexity", "bench"):
+    for name in ("run", "chat", "pull", "list", "info", "perplexity", "bench"):
         assert f"usage: pyruntime {name}" in help_of(name)
     assert all(option in help_of("run") for option in ("--chat", "--temperature", "--max-tokens", "--stop", "--device", "--json"))
+    assert all(option in help_of("chat") for option in ("--system", "--load", "--temperature", "--stop", "--device"))
     with pytest.raises(SystemExit) as end:
         main(["--version"])
     assert end.value.code == 0 and capsys.readouterr().out == f"pyruntime {pyruntime.__version__}\n"

@@ -42,7 +42,10 @@ def test_import(tmp_path: Path) -> None:
     assert imported_by("import pyruntime.errors, pyruntime.env, pyruntime.catalog, pyruntime.config, pyruntime.checkpoint", tmp_path) == []
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("run", "--help"), ("bench", "--help"), ("list",), ("list", "--json")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("--version",), ("run", "--help"), ("chat", "--help"), ("bench", "--help"), ("list",), ("list", "--json")],
+)
 def test_help_and_list(arguments: tuple[str, ...], tmp_path: Path) -> None:
     assert imported_by(command(*arguments), tmp_path) == []
 

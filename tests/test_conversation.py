@@ -1,0 +1,313 @@
+"""Conversations: what a turn reads, what stays when it is stopped, and files of others."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import write_tiny_model
+
+import pyruntime
+from pyruntime.conversation import Conversation, read_conversation
+from pyruntime.errors import ContextLengthError, InvalidArgumentError, OutOfPagesError, UnsupportedModelError
+from pyruntime.kept import common_prefix
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("conversation") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny(folder: Path) -> Iterator[pyruntime.Model]:
+    with pyruntime.Model(folder, threads=1) as model:
+        yield model
+
+
+@pytest.fixture(autouse=True)
+def the_pool_is_left_empty(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    for name in {"smollm2", "tiny"}.intersection(request.fixturenames):
+        model = request.getfixturevalue(name)
+        stats = model.stats()
+        assert (stats["n_sequence"], stats["n_page_free"], model._budget.free) == (0, stats["n_page"], stats["n_page"])
+
+
+@pytest.fixture
+def talk(tiny: pyruntime.Model) -> Iterator[Conversation]:
+    conversation = Conversation(tiny, temperature=0, max_tokens=12, ignore_eos=True)
+    yield conversation
+    conversation.close()
+
+
+def n_read(model: pyruntime.Model) -> int:
+    """Tokens that were read or fed back since the model was loaded."""
+    stats = model.stats()
+    return int(stats["n_prefill_token"] + stats["n_decode_token"])
+
+
+def said(conversation: Conversation) -> list[tuple[str, str]]:
+    return [(m["role"], m["content"]) for m in conversation.messages]
+
+
+# ---------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize(("a", "b", "n"), [([], [], 0), ([1, 2], [], 0), ([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([5], [6], 0)])
+def test_common_prefix(a: list[int], b: list[int], n: int) -> None:
+    assert common_prefix(a, b) == n == common_prefix(b, a)
+
+
+@pytest.mark.parametrize("n_token", [1, 63, 64, 65, 130])
+def test_kept_reads_the_difference_and_answers_the_same(tiny: pyruntime.Model, n_token: int) -> None:
+    """Prompts that go on from, branch off from, repeat and shorten the last one; page borders included."""
+    base = [4 + i % 90 for i in range(n_token)]
+    with tiny.keep() as kept:
+        held: list[int] = []
+        for prompt in (base, [*base, 7, 8, 9], [*base, 7, 50, 51], [*base, 7, 50, 51], base, [9, *base], [9, *base][: n_token // 2 + 1]):
+            before = n_read(tiny)
+            done = tiny.generate(prompt, kept=kept, temperature=0, max_tokens=5, ignore_eos=True)
+            shared = common_prefix(held, prompt[:-1])
+            assert done.usage.cached_tokens == shared and done.usage.prompt_tokens == len(prompt)
+            assert n_read(tiny) - before == len(prompt) - shared + 4
+            assert done.token_ids == tiny.generate(prompt, temperature=0, max_tokens=5, ignore_eos=True).token_ids
+            held = [*prompt, *done.token_ids[:-1]]
+            assert kept.tokens == held
+            assert tiny.stats()["n_page"] - tiny.stats()["n_page_free"] == kept.pages == -(-len(held) // 64)
+            assert tiny._budget.free == tiny.stats()["n_page_free"]
+
+
+def test_a_second_turn_reads_only_what_is_new(smollm2: pyruntime.Model) -> None:
+    talk = Conversation(smollm2, system="You are a helpful assistant. " * 20, temperature=0, max_tokens=40)
+    first = "".join(talk.turn("What is the capital of France?"))
+    assert talk.last is not None and "Paris" in first and talk.last.finish_reason == "stop"
+    in_cache, before = talk.last.usage.total_tokens - 1, n_read(smollm2)  # the end token was sampled and not read
+    "".join(talk.turn("And of Italy?"))
+    usage = talk.last.usage
+    assert usage.cached_tokens == in_cache > 100
+    assert n_read(smollm2) - before == usage.prompt_tokens - in_cache + usage.completion_tokens - 1
+    assert usage.prompt_tokens - in_cache < 25
+    alone = smollm2.chat(talk.messages[:-1], temperature=0, max_tokens=40)
+    assert alone.text == talk.messages[-1]["content"] and alone.usage.cached_tokens == 0
+    talk.close()
+
+
+def test_kept_of_a_chat(tiny: pyruntime.Model) -> None:
+    messages = [{"role": "user", "content": "one"}]
+    with tiny.keep() as kept:
+        first = tiny.chat(messages, kept=kept, temperature=0, max_tokens=5)
+        again = tiny.chat(messages, kept=kept, temperature=0, max_tokens=5)
+        assert again.token_ids == first.token_ids and again.usage.cached_tokens == again.usage.prompt_tokens - 1
+        piece = tiny.chat(messages, kept=kept, stream=True, ignore_eos=True)
+        next(piece)
+        piece.close()  # the sequence comes back, to be gone on from
+        assert len(kept.tokens) >= first.usage.prompt_tokens
+
+
+def test_pages_of_a_conversation_count(folder: Path) -> None:
+    """What a conversation holds is not promised to others, and comes back with close()."""
+    with pyruntime.Model(folder, threads=1) as model:
+        held = [model.keep() for _ in range(8)]
+        for kept in held:
+            model.generate([5] * 500, kept=kept, max_tokens=12, ignore_eos=True)
+        with pytest.raises(OutOfPagesError):
+            model.generate([5] * 500, max_tokens=5)
+        assert model.generate([5] * 500, kept=held[3], max_tokens=12).usage.cached_tokens == 499
+        held[0].close()
+        held[0].close()
+        model.generate([5] * 500, max_tokens=5)
+    held[1].close()  # after its model
+
+
+def test_kept_is_of_one_model_and_one_prompt(tiny: pyruntime.Model, folder: Path) -> None:
+    with pyruntime.Model(folder, threads=1) as other, other.keep() as kept:
+        with pytest.raises(InvalidArgumentError, match="another model"):
+            tiny.generate("a", kept=kept)
+        with pytest.raises(InvalidArgumentError, match="one prompt"):
+            other.generate(["a", "b"], kept=kept)
+        other.generate("abc", kept=kept, max_tokens=2)
+
+
+# ---------------------------------------------------------------- turns
+
+
+def test_turns_and_undo_and_retry(talk: Conversation, tiny: pyruntime.Model) -> None:
+    for call in (talk.undo, talk.retry):
+        with pytest.raises(InvalidArgumentError, match="no question yet"):
+            call()
+    one = "".join(talk.turn("one"))
+    two = "".join(talk.turn("two"))
+    assert said(talk) == [("user", "one"), ("assistant", one), ("user", "two"), ("assistant", two)]
+    assert two == str(tiny.chat(talk.messages[:3], temperature=0, max_tokens=12, ignore_eos=True))
+    assert "".join(talk.retry()) == two and len(talk.messages) == 4
+    assert talk.undo() == "two" and said(talk) == [("user", "one"), ("assistant", one)]
+    assert "".join(talk.turn("two")) == two
+    talk.clear()
+    assert talk.messages == [] and "".join(talk.turn("one")) == one
+
+
+def test_system_message(talk: Conversation, tiny: pyruntime.Model) -> None:
+    "".join(talk.turn("one"))
+    talk.set_system("Be brief.")
+    assert talk.system == "Be brief." and said(talk)[:2] == [("system", "Be brief."), ("user", "one")]
+    answer = "".join(talk.turn("two"))
+    assert answer == str(tiny.chat(talk.messages[:-1], temperature=0, max_tokens=12, ignore_eos=True))
+    talk.clear()
+    assert said(talk) == [("system", "Be brief.")]
+    with pytest.raises(InvalidArgumentError, match="no question yet"):
+        talk.undo()
+    talk.set_system(None)
+    assert talk.messages == [] and talk.system is None
+
+
+def test_seeds(tiny: pyruntime.Model) -> None:
+    """Every answer has a seed of its own, so that /retry gives another one, and the same turns give the same answers."""
+    runs = []
+    for _ in range(2):
+        talk = Conversation(tiny, temperature=1.5, seed=3, max_tokens=20, ignore_eos=True)
+        runs.append(["".join(talk.turn("one")), "".join(talk.retry()), "".join(talk.turn("two"))])
+        talk.close()
+    assert runs[0] == runs[1] and runs[0][0] != runs[0][1]
+    first = tiny.chat([{"role": "user", "content": "one"}], temperature=1.5, seed=3, max_tokens=20, ignore_eos=True)
+    assert runs[0][0] == first.text
+
+
+def test_a_stopped_answer_stays(talk: Conversation, tiny: pyruntime.Model) -> None:
+    pieces = talk.turn("one")
+    begun = next(pieces) + next(pieces)  # type: ignore[call-overload]
+    pieces.close()  # type: ignore[attr-defined]
+    assert said(talk) == [("user", "one"), ("assistant", begun)]
+    assert talk.last is not None and talk.last.finish_reason == "abort"
+    answer = "".join(talk.turn("two"))
+    assert answer == str(tiny.chat(talk.messages[:-1], temperature=0, max_tokens=12, ignore_eos=True))
+
+
+def test_stopped_before_the_first_word(talk: Conversation, tiny: pyruntime.Model) -> None:
+    """Ctrl-C, or any error, while the question is read: the messages are as before, and what was in the cache still is."""
+    "".join(talk.turn("one"))
+    before, in_cache = said(talk), talk.n_kept
+
+    def press(_done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    tiny._session.on_progress = press
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            "".join(talk.turn("two " * 40))
+    finally:
+        tiny._session.on_progress = None
+    assert said(talk) == before
+    "".join(talk.turn("two"))
+    assert talk.last is not None and talk.last.usage.cached_tokens >= in_cache - 12
+
+
+def test_too_long(tiny: pyruntime.Model) -> None:
+    talk = Conversation(tiny, temperature=0, ignore_eos=True)
+    with pytest.raises(ContextLengthError, match=r"no longer fits: with this message it has \d+ tokens, max_context is 512$"):
+        "".join(talk.turn("x" * 500))
+    assert talk.messages == [] and not talk.is_full
+    "".join(talk.turn("one"))
+    assert talk.is_full
+    with pytest.raises(ContextLengthError):
+        "".join(talk.turn("two"))
+    assert talk.undo() == "one"
+    "".join(talk.turn("x" * 300))
+    talk.close()
+
+
+def test_refused_at_the_start(tiny: pyruntime.Model, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="temperature is -1"):
+        Conversation(tiny, temperature=-1)
+    folder = write_tiny_model(tmp_path / "base")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": strict}))
+    with pyruntime.Model(folder, threads=1) as model:
+        with pytest.raises(InvalidArgumentError, match="no system role"):
+            Conversation(model, system="Be brief.")
+        talk = Conversation(model)
+        with pytest.raises(InvalidArgumentError, match="no system role"):
+            talk.set_system("Be brief.")
+        assert talk.messages == []
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "chat_template"}))
+    with pyruntime.Model(folder, threads=1) as model, pytest.raises(UnsupportedModelError, match="no chat template"):
+        Conversation(model)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_save_and_load(talk: Conversation, tiny: pyruntime.Model, tmp_path: Path) -> None:
+    talk.set_system("Be brief.")
+    "".join(talk.turn('two\nlines, "quotes" and \\ and 🙂'))
+    talk.save(tmp_path / "c.json")
+    saved = json.loads((tmp_path / "c.json").read_text())
+    assert saved == {"model": tiny.name, "messages": talk.messages}
+    other = Conversation(tiny, temperature=0, max_tokens=12, ignore_eos=True)
+    assert other.load(tmp_path / "c.json") == tiny.name and other.messages == talk.messages
+    assert "".join(other.turn("on")) == "".join(talk.turn("on"))
+    other.close()
+    talk.clear()
+    talk.set_system(None)
+    talk.save(tmp_path / "empty.json")
+    assert read_conversation(tmp_path / "empty.json") == (tiny.name, [])
+    with pytest.raises(InvalidArgumentError, match=r"cannot be written \(No such file or directory\)"):
+        talk.save(tmp_path / "no" / "c.json")
+
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ([], "expected {"),
+        ({"model": "m"}, "expected {"),
+        ({"model": 3, "messages": []}, "expected {"),
+        ({"model": "m", "messages": {}}, "expected {"),
+        ({"model": "m", "messages": [], "exec": "x"}, "nothing else"),
+        ({"model": "m", "messages": ["a"]}, "messages[0] must have role and content"),
+        ({"model": "m", "messages": [{**USER, "tool_calls": []}, ANSWER]}, "messages[0] must have role and content"),
+        ({"model": "m", "messages": [{"role": "user"}, ANSWER]}, "messages[0] must have"),
+        ({"model": "m", "messages": [ANSWER]}, "messages[0]['role'] is 'assistant', expected 'user'"),
+        ({"model": "m", "messages": [USER, USER]}, "messages[1]['role'] is 'user', expected 'assistant'"),
+        (
+            {"model": "m", "messages": [USER, ANSWER, {"role": "system", "content": "x"}]},
+            "messages[2]['role'] is 'system', expected 'user'",
+        ),
+        ({"model": "m", "messages": [{"role": [], "content": "x"}]}, "messages[0]['role'] is []"),
+        ({"model": "m", "messages": [USER, ANSWER, USER]}, "is a question, expected its answer"),
+        ({"model": "m", "messages": [{"role": "user", "content": 5}, ANSWER]}, "messages[0]['content'] must be a text"),
+        ({"model": "m", "messages": [{"role": "user", "content": "\ud800"}, ANSWER]}, "messages[0]['content'] must be a text"),
+        (b"", "is not a saved conversation"),
+        (b"{", "is not a saved conversation"),
+        (b"\xff\xfe", "is not a saved conversation"),
+        (b"[" * 200_000, "is not a saved conversation"),
+        (b"__import__('os').abort()", "is not a saved conversation"),
+    ],
+)
+def test_a_file_that_is_no_conversation(value: Any, part: str, talk: Conversation, tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
+    "".join(talk.turn("one"))
+    before = said(talk)
+    with pytest.raises(InvalidArgumentError) as error:
+        talk.load(file)
+    assert str(error.value).startswith(f"{file}: ") and part in str(error.value) and said(talk) == before
+
+
+def test_files_that_cannot_be_read(talk: Conversation, tmp_path: Path) -> None:
+    for path, part in ((tmp_path, "cannot be read"), (tmp_path / "none", "No such file")):
+        with pytest.raises(InvalidArgumentError, match=part):
+            talk.load(path)
+    with (tmp_path / "big").open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(InvalidArgumentError, match="more than 64 MiB"):
+        talk.load(tmp_path / "big")
+    if os.path.exists("/dev/zero"):
+        with pytest.raises(InvalidArgumentError, match="more than 64 MiB"):
+            talk.load(Path("/dev/zero"))
