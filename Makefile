@@ -9,11 +9,11 @@ PYTEST_ARGS ?=
 export CMAKE_ARGS ?= $(if $(wildcard /dev/nvidiactl),,-DPYRUNTIME_CUDA=OFF)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := CMakeLists.txt pyproject.toml $(shell find core models pyruntime bench/prt_bench -type f \
+SOURCES := CMakeLists.txt pyproject.toml $(wildcard cmake/*) $(shell find core models pyruntime bench/prt_bench -type f \
   \( -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.map' -o -name '*.py' -o -name '*.toml' \))
 PYTHON_FOLDERS := core models pyruntime tests bench $(wildcard examples)
 C_SOURCES = $(shell find core bench $(wildcard examples) -type f \
-  \( -name '*.c' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \) -not -name pyruntime.h)
+  \( -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \) -not -name pyruntime.h)
 
 .PHONY: help demo test lint format clean
 help:

@@ -11,7 +11,7 @@
  *   6. what errors look like                     prt_last_error, prt_status_name
  *   7. statistics, clean-up                      prt_session_get_stats, prt_..._release
  *
- * Build: see CMakeLists.txt in this folder, or
+ * Build: CMakeLists.txt in this folder, pkg-config as README.md shows, or, <package> being the folder of the installed Python package,
  *   cc -std=c99 -I<package>/include embed.c -o embed <package>/libpyruntime.so -Wl,-rpath,<package>
  */
 #include <stdio.h>

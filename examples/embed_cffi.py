@@ -21,9 +21,9 @@ N_PROMPT, N_NEW = 70, 24
 
 
 def package_folder() -> Path:
-    from pyruntime import _lib
+    import pyruntime
 
-    return _lib.library_path().parent
+    return Path(pyruntime.get_library()).parent
 
 
 def load(folder: Path) -> tuple[Any, Any, dict[str, str]]:

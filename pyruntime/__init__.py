@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ._lib import build_info
     from .generate import Completion, Timings, TokenLogprob, Usage
     from .model import Model, Stream
+    from .paths import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from .sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -42,6 +43,10 @@ _LAZY = {
     "Usage": "generate",
     "SamplingParams": "sampling",
     "build_info": "_lib",
+    "get_cmake_dir": "paths",
+    "get_include": "paths",
+    "get_library": "paths",
+    "get_pkgconfig_dir": "paths",
 }
 
 __all__ = [
@@ -65,6 +70,10 @@ __all__ = [
     "Usage",
     "__version__",
     "build_info",
+    "get_cmake_dir",
+    "get_include",
+    "get_library",
+    "get_pkgconfig_dir",
 ]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import abi_promises
 import numpy as np
 import pytest
 
@@ -28,13 +29,9 @@ CALLBACKS = ("prt_log_fn", "prt_abort_fn", "prt_progress_fn")
 
 @pytest.fixture(scope="module")
 def ffi() -> Any:
-    """The header through cffi's parser, without the preprocessor's lines."""
-    cffi = pytest.importorskip("cffi")
-    text = re.sub(r"^#(?:.*\\\n)*.*$", "", HEADER.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    text = text.replace("PRT_API ", "").replace('extern "C" {', "")
-    parsed = cffi.FFI()
-    parsed.cdef(re.sub(r"^}\s*$", "", text, flags=re.MULTILINE))
-    return parsed
+    """The header through cffi's parser."""
+    pytest.importorskip("cffi")
+    return abi_promises.parse_header()
 
 
 def as_ctypes(kind: Any) -> Any:
@@ -158,11 +155,66 @@ def test_init_values_are_the_defaults_of_the_binding(tmp_path: Path) -> None:
     assert not out
 
 
+@pytest.mark.skipif(ctypes.sizeof(ctypes.c_void_p) != 8, reason="the offsets are those of 64-bit machines")
+def test_promises_of_released_versions(ffi: Any) -> None:
+    """docs/abi.md: a program that was compiled against an older header works with this library."""
+    promised, now = abi_promises.FILE.read_text().splitlines(), list(abi_promises.promises(ffi))
+    assert len(promised) > 150
+    assert abi_promises.FILE.stem == f"abi-{_abi.ABI_VERSION}", "a new ABI version starts a new file"
+    assert abi_promises.broken(promised, now) == []
+    for name, kind in STRUCTS.items():  # what is appended must change the size, and so must not fit into padding
+        last, bound = kind._fields_[-1][:2]
+        assert getattr(kind, last).offset + ctypes.sizeof(bound) == ctypes.sizeof(kind), f"{name} ends in padding"
+
+
+PROMISED = """\
+constant PRT_OK = 0
+size s = 16
+field s at 0: uint32_t struct_size
+field s at 8: char * x
+size old = 8
+field old at 0: void * p
+function f: int(*)(void)""".splitlines()
+
+
+@pytest.mark.parametrize(
+    ("without", "plus", "breaks"),
+    [
+        ("", "function g: int(*)(void)", 0),
+        ("size s = 16", "size s = 24\nfield s at 16: int64_t y", 0),
+        ("", "field s at 4: int32_t y", 1),
+        ("size s = 16", "size s = 12", 1),
+        ("size old = 8", "size old = 16\nfield old at 8: int64_t y", 1),
+        ("field s at 8: char * x", "field s at 8: char * renamed", 2),
+        ("constant PRT_OK = 0", "constant PRT_OK = 1", 1),
+        ("function f: int(*)(void)", "function f: int(*)(int)", 1),
+    ],
+)
+def test_what_breaks_a_promise(without: str, plus: str, breaks: int) -> None:
+    now = [line for line in PROMISED if line != without] + plus.splitlines()
+    assert len(abi_promises.broken(PROMISED, now)) == breaks
+
+
 def test_library_exports_only_its_own_names() -> None:
     nm = shutil.which("nm") or pytest.skip("nm (binutils) is not installed")
     listing = subprocess.run([nm, "-D", "--defined-only", _lib.library_path()], capture_output=True, text=True, check=True).stdout
     names = {line.split()[-1].split("@")[0] for line in listing.splitlines()}
     assert names == set(_abi.FUNCTIONS)
+
+
+def test_library_needs_only_the_system() -> None:
+    """No CUDA, BLAS or OpenMP library has to be found at run time, nowhere but where the system looks, and no memory is both written
+    and executed."""
+    readelf = shutil.which("readelf") or pytest.skip("readelf (binutils) is not installed")
+    listing = subprocess.run([readelf, "-dlW", _lib.library_path()], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(\w+)[\w.-]*\]", listing.replace("ld-linux", "ld_linux")))
+    system = {"libc", "libm", "libstdc", "libgcc_s", "libpthread", "libdl", "librt", "ld_linux"}
+    if _lib.build_info()["sanitizers"] == "ON":
+        system |= {"libasan", "libubsan"}
+    assert needed <= system
+    assert re.search(r"\(SONAME\).*\[libpyruntime\.so\]", listing)
+    assert not re.search(r"\((RPATH|RUNPATH|TEXTREL)\)", listing)
+    assert not re.search(r"(LOAD|GNU_STACK) .* RWE ", listing)
 
 
 def test_versions_and_names() -> None:
