@@ -1,4 +1,4 @@
-// The matrix product of a decode step, 1 to 64 rows: bound by reading the weights once.
+// The matrix product of a decode step, 1 to 64 rows: bound by reading the weights once. Hopper has its own kernels, linear_rows_sm90.cuh.
 //
 // Work is cut into tiles of kM weight rows, a tile into chunks of kK columns. Each block owns a contiguous range of chunks and streams it
 // through a ring in shared memory, far ahead of the tensor cores; weight rows are the M side of the products, so that 8 rows of x cost
@@ -10,6 +10,7 @@
 #include "cuda/types.cuh"
 #include "ops/cuda_table.h"
 #include "ops/linear_cuda.h"
+#include "ops/linear_rows_sm90.cuh"
 
 namespace prt::cuda {
 
@@ -425,11 +426,13 @@ bool linear_rows_fits(const Linear& a) {
 }
 
 int64_t linear_rows_scratch_bytes(const CudaStream& s, int64_t n_row, int64_t n_in, int64_t, bool) {
+  if (s.arch == 90) return n_row > kMaxRows ? 0 : rows_sm90::linear_scratch_bytes(s, n_row, n_in);
   return n_row > kMaxRows ? 0 : partial_bytes(s, n_row) + (n_row * n_in * 2 + 15) / 16 * 16;
 }
 
 void linear_rows(const CudaStream& s, const Linear& a) {
   if (a.x.shape[0] == 0) return;
+  if (s.arch == 90) return rows_sm90::linear(s, a);
   a.weight.dtype == DType::bf16 ? dispatch<bf16>(s, a) : dispatch<f16>(s, a);
 }
 
