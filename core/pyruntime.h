@@ -98,7 +98,13 @@ PRT_API prt_status prt_device_get(int32_t i, prt_device_info *info);
 
 /* ---------------------------------------------------------------- model */
 
-typedef enum prt_dtype { PRT_F32 = 0, PRT_F16 = 1, PRT_BF16 = 2, PRT_I32 = 3 } prt_dtype;
+typedef enum prt_dtype {
+  PRT_F32 = 0,
+  PRT_F16 = 1,
+  PRT_BF16 = 2,
+  PRT_I32 = 3, /* ids; only as an operand of prt_op_run */
+  PRT_U16 = 4  /* the same, small ones */
+} prt_dtype;
 
 typedef enum prt_rope_kind {
   PRT_ROPE_DEFAULT = 0,
