@@ -17,16 +17,16 @@ Activations Activations::take(Arena& arena, const Backend& b, const ModelConfig&
   a.ff = network.take(act, n, c.d_ff);
   a.logits = output.take(DType::f32, n_logit, c.n_vocab);
   arena.skip(std::max({attention.used(), network.used(), output.used()}));
-  const int64_t linear_bytes = std::max(
-      {linear_scratch_bytes(b, n, c.d_model, c.qkv_size(), false), linear_scratch_bytes(b, n, c.q_size(), c.d_model, false),
-       linear_scratch_bytes(b, n, c.d_model, 2 * int64_t{c.d_ff}, true), linear_scratch_bytes(b, n, c.d_ff, c.d_model, false)});
+  const int64_t linear_bytes =
+      std::max({linear_scratch_bytes(b, n, c.d_model, c.qkv_size(), false), linear_scratch_bytes(b, n, c.q_size(), c.d_model, false),
+                linear_scratch_bytes(b, n, c.d_model, 2 * int64_t{c.d_ff}, true), linear_scratch_bytes(b, n, c.d_ff, c.d_model, false)});
   a.linear_scratch = arena.take(DType::f32, linear_bytes / 4);
   a.attention_scratch = arena.take(DType::f32, attention_scratch_bytes(b, n_decode, max_context, c.h_q, c.h_kv, c.d_head) / 4);
   return a;
 }
 
 void forward(const Backend& b, const ModelConfig& c, const Weights& w, const Rope& rope, const KvCache& kv, const Rows& rows,
-             const Activations& act, bool (*keep_going)(void*), void* user) {
+             Policy* policy, const Activations& act, bool (*keep_going)(void*), void* user) {
   const int64_t n = rows.n_tok;
   const Tensor x = act.x.rows(0, n), cos_sin = act.cos_sin.rows(0, n), qkv = act.qkv.rows(0, n), attn = act.attn.rows(0, n);
   const Tensor ff = act.ff.rows(0, n), q = qkv.cols(0, c.q_size());
@@ -39,7 +39,13 @@ void forward(const Backend& b, const ModelConfig& c, const Weights& w, const Rop
     const LayerWeights& l = w.layers[static_cast<size_t>(i)];
     const Tensor &k_pages = kv.k[static_cast<size_t>(i)], &v_pages = kv.v[static_cast<size_t>(i)];
 
-    linear(b, {.out = qkv, .x = x, .weight = l.qkv, .bias = l.qkv_bias, .norm = l.attn_norm, .norm_eps = c.norm_eps, .scratch = act.linear_scratch});
+    linear(b, {.out = qkv,
+               .x = x,
+               .weight = l.qkv,
+               .bias = l.qkv_bias,
+               .norm = l.attn_norm,
+               .norm_eps = c.norm_eps,
+               .scratch = act.linear_scratch});
     rope_kv_write(b, {qkv, l.q_norm, l.k_norm, c.norm_eps, cos_sin, rows.slots, k_pages, v_pages, c.h_q});
     const auto attention_over = [&](const Rows::Part& part, int64_t begin, int64_t n_row) {
       return Attention{attn.rows(begin, n_row),
@@ -54,7 +60,8 @@ void forward(const Backend& b, const ModelConfig& c, const Weights& w, const Rop
                        act.attention_scratch};
     };
     if (rows.prefill.n_entry > 0) attention_prefill(b, attention_over(rows.prefill, 0, rows.n_prefill_tok));
-    if (rows.decode.n_entry > 0) attention_decode(b, attention_over(rows.decode, rows.n_prefill_tok, n - rows.n_prefill_tok));
+    if (rows.decode.n_entry > 0) attention_decode(b, attention_over(rows.decode, rows.n_prefill_tok, rows.decode.n_entry));
+    if (rows.sparse.n_entry > 0) policy->decode(i, attention_over(rows.sparse, n - rows.sparse.n_entry, rows.sparse.n_entry));
     linear(b, {.out = x, .x = attn, .weight = l.o, .bias = l.o_bias, .accumulate = true, .scratch = act.linear_scratch});
 
     linear(b, {.out = ff,
