@@ -206,7 +206,7 @@ class Step:
 
 
 def wanted_choice(s: Step, e: int, head: int, p: float, estimator: int) -> tuple[set[int], float, np.ndarray]:
-    """(chosen clusters, estimated share, estimated log mass of each cluster) of one query head, in float64"""
+    """(chosen clusters, estimated share, log mass of each cluster without its variance) of one query head, in float64"""
     c, kv_head = s.c, head // (s.h_q // s.c.h_kv)
     q = value(s.q)[e].reshape(s.h_q, -1)[head]
     y = np.exp(s.rows(c.k, e, kv_head) @ q * s.scale)
@@ -215,7 +215,8 @@ def wanted_choice(s: Step, e: int, head: int, p: float, estimator: int) -> tuple
     mean = np.array([value(c.centroid[page, kv_head, slot]) @ q for _, _, page, slot in clusters]) * s.scale
     spread = np.array([value(c.variance[page, kv_head, slot]) @ q**2 for _, _, page, slot in clusters]) * s.scale**2 / 2
     with np.errstate(divide="ignore"):
-        log_mass = np.log(n) + mean + (spread if estimator == MOMENT else 0) if clusters else np.zeros(0)
+        plain = np.log(n) + mean if clusters else np.zeros(0)
+        log_mass = plain + spread if clusters else plain
     exact = np.array([y[first : first + m].sum() for first, m, _, _ in clusters])
     begin, end = s.closed[e] * PAGE
     taken = y[:begin].sum() + y[end:].sum()
@@ -228,11 +229,11 @@ def wanted_choice(s: Step, e: int, head: int, p: float, estimator: int) -> tuple
                 break
             rest, taken = rest - mass[j], taken + exact[j]
             chosen.add(int(j))
-        return chosen, taken / (taken + rest), log_mass
+        return chosen, taken / (taken + rest), plain
     order = [j for j in np.argsort(-mean, kind="stable") if n[j]]
     starts, rows = np.cumsum([0, *n[order]]), n.sum()
     if not order:
-        return chosen, 1.0, log_mass
+        return chosen, 1.0, plain
     x = np.array([0.1, 0.6]) * rows
     near = [[j for j, at in zip(order, starts, strict=False) if at < xi + rows / 200 and at + n[j] > xi - rows / 200] for xi in x]
     m = [exact[js].sum() / n[js].sum() for js in near]
@@ -247,7 +248,7 @@ def wanted_choice(s: Step, e: int, head: int, p: float, estimator: int) -> tuple
             break
         taken += part
         chosen.add(int(j))
-    return chosen, taken / total, log_mass
+    return chosen, taken / total, plain
 
 
 @EVERY_ISA
@@ -267,7 +268,7 @@ def test_select(on: str, dtype: str, estimator: int, p: float) -> None:
             assert set(rows.tolist()) == want
             if p == 1:
                 assert len(rows) == kv_len
-            for g, (_, mass, log_mass) in enumerate(choices):
+            for g, (_, mass, plain) in enumerate(choices):
                 h = kv_head * 3 + g
                 # scores are sums of d products in float32 below 2^5: off by 2^-24 x 24 x 2^5 at most; so are their exponentials
                 assert abs(s.mass[e, h] - mass) < 1e-4
@@ -278,7 +279,7 @@ def test_select(on: str, dtype: str, estimator: int, p: float) -> None:
                 if not left:
                     assert got[-1] == 0
                     continue
-                weight = np.exp(log_mass[left])
+                weight = np.exp(plain[left])
                 means = np.array([value(s.c.mean_value[clusters[j][2], kv_head, clusters[j][3]]) for j in left])
                 assert abs(got[-1] * np.exp(got[-2]) / weight.sum() - 1) < 1e-4
                 assert (np.abs(got[:-2] / got[-1] - weight @ means / weight.sum()) < 1e-4).all()

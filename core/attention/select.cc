@@ -6,9 +6,9 @@
 
 namespace prt {
 
-// Per query head: four numbers for each cluster.
+// Per query head: five numbers for each cluster.
 int64_t select_scratch_bytes(int64_t n_entry, int64_t h_q, int64_t max_pages, int64_t n_slot) {
-  return 16 * n_entry * h_q * max_pages * n_slot;
+  return 20 * n_entry * h_q * max_pages * n_slot;
 }
 
 void check_contents(const Select& a) {

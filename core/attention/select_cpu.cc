@@ -12,13 +12,14 @@ struct Query {
   const Select& a;
   int64_t entry, head, kv_head, d, n_slot, first_page, n_cluster;
   const float* q;
-  float *log_mass, *rank;  // estimated log of the cluster's mass; what clusters are sorted by
+  // Estimated log of the cluster's mass; the same without the variance; what clusters are sorted by.
+  float *log_mass, *plain, *rank;
   int32_t *order, *chosen;
   PRT_INLINE Query of(const Select& a, int64_t entry, int64_t head) {
     const int64_t d = a.k_pages.shape[3], h_q = a.q.shape[1] / d, n_slot = a.index.centroid.shape[2];
     const int32_t* closed = a.closed.row<int32_t>(entry);
     const int64_t room = a.page_table.shape[1] * n_slot;
-    float* base = static_cast<float*>(a.scratch.data) + (entry * h_q + head) * 4 * room;
+    float* base = static_cast<float*>(a.scratch.data) + (entry * h_q + head) * 5 * room;
     return {a,
             entry,
             head,
@@ -30,8 +31,9 @@ struct Query {
             a.q.row<float>(entry) + head * d,
             base,
             base + room,
-            reinterpret_cast<int32_t*>(base + 2 * room),
-            reinterpret_cast<int32_t*>(base + 3 * room)};
+            base + 2 * room,
+            reinterpret_cast<int32_t*>(base + 3 * room),
+            reinterpret_cast<int32_t*>(base + 4 * room)};
   }
 };
 
@@ -113,9 +115,10 @@ PRT_INLINE float score_clusters(const Query& x) {
       if (moment) wide += x.q[i] * x.q[i] * Bf16::get(v[i]);
     }
     const int64_t n = rows_of(x, j).n;
-    x.rank[j] = n > 0 ? mean * x.a.scale + (moment ? wide * half_square : 0) : -__builtin_inff();
-    x.log_mass[j] = n > 0 ? x.rank[j] + log1(static_cast<float>(n)) : -__builtin_inff();
-    if (moment) x.rank[j] = x.log_mass[j];
+    const float log_n = log1(static_cast<float>(n > 0 ? n : 1));
+    x.plain[j] = n > 0 ? mean * x.a.scale + log_n : -__builtin_inff();
+    x.log_mass[j] = x.plain[j] + wide * half_square;
+    x.rank[j] = moment ? x.log_mass[j] : x.plain[j] - log_n;
     x.order[j] = static_cast<int32_t>(j);
     x.chosen[j] = 0;
     top = top > x.log_mass[j] ? top : x.log_mass[j];
@@ -214,14 +217,13 @@ PRT_INLINE float choose_by_fit(const Query& x, const Mass& open, float top) {
       if (n == 0) break;
       if (pass == 1 && x.a.p < 1 && taken >= static_cast<double>(x.a.p) * total) break;
       const bool head = at < kHead * n_row;
-      if (pass == 0 && head) x.log_mass[j] = static_cast<float>(exact(j));  // its use as an estimate is over, see the end
+      if (pass == 0 && head) x.log_mass[j] = static_cast<float>(exact(j));
       const double mass = head ? static_cast<double>(x.log_mass[j]) : curve(at, at + n);
       (pass == 0 ? total : taken) += mass;
       if (pass == 1) x.chosen[j] = 1;
       at += n;
     }
   }
-  for (int64_t j = 0; j < x.n_cluster; ++j) x.log_mass[j] = x.rank[j] + log1(static_cast<float>(rows_of(x, j).n));  // for the rest
   return share(taken, total);
 }
 
@@ -229,11 +231,11 @@ PRT_INLINE float choose_by_fit(const Query& x, const Mass& open, float top) {
 PRT_INLINE void estimate_rest(const Query& x, const int32_t* in_union, float* out) {
   float top = -__builtin_inff(), total = 0;
   for (int64_t j = 0; j < x.n_cluster; ++j)
-    if (!in_union[j] && x.log_mass[j] > top) top = x.log_mass[j];
+    if (!in_union[j] && x.plain[j] > top) top = x.plain[j];
   __builtin_memset(out, 0, static_cast<size_t>(x.d) * sizeof(float));
   for (int64_t j = 0; j < x.n_cluster; ++j) {
     if (in_union[j] || rows_of(x, j).n == 0) continue;
-    const float weight = exp1(x.log_mass[j] - top);
+    const float weight = exp1(x.plain[j] - top);
     const uint16_t* value = static_cast<const uint16_t*>(x.a.index.value.data) + slot_of(x, j) * x.d;
     total += weight;
     int64_t i = 0;
