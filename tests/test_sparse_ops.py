@@ -224,7 +224,7 @@ def wanted_choice(s: Step, e: int, head: int, p: float, estimator: int) -> tuple
     if estimator == MOMENT:
         mass = np.exp(log_mass)
         rest = mass.sum()
-        for j in np.argsort(-log_mass, kind="stable"):
+        for j in np.argsort(np.where(n > 0, -mean - spread, np.inf), kind="stable"):
             if n[j] == 0 or (p < 1 and taken >= p * (taken + rest)):
                 break
             rest, taken = rest - mass[j], taken + exact[j]

@@ -118,7 +118,7 @@ PRT_INLINE float score_clusters(const Query& x) {
     const float log_n = log1(static_cast<float>(n > 0 ? n : 1));
     x.plain[j] = n > 0 ? mean * x.a.scale + log_n : -__builtin_inff();
     x.log_mass[j] = x.plain[j] + wide * half_square;
-    x.rank[j] = moment ? x.log_mass[j] : x.plain[j] - log_n;
+    x.rank[j] = (moment ? x.log_mass[j] : x.plain[j]) - log_n;  // per row: by mass, large clusters of little worth would come first
     x.order[j] = static_cast<int32_t>(j);
     x.chosen[j] = 0;
     top = top > x.log_mass[j] ? top : x.log_mass[j];
@@ -151,7 +151,7 @@ PRT_INLINE int64_t pop(const Query& x, int64_t n) {
 
 PRT_INLINE float share(double part, double all) { return all > 0 ? static_cast<float>(part / all) : 1.0f; }
 
-// Clusters in the order of their estimated mass. What is taken is counted exactly, so a wrong estimate is corrected on the way.
+// Clusters in the order of their estimated mass per row. What is taken is counted exactly, so a wrong estimate is corrected on the way.
 template <class W>
 PRT_INLINE float choose_by_moment(const Query& x, const Mass& open, float top) {
   double taken = Mass::under(open, top), rest = 0;
