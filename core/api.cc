@@ -246,7 +246,7 @@ prt_status prt_sequence_fork(prt_session* session, int64_t seq, int64_t* out) {
 }
 
 prt_status prt_sequence_truncate(prt_session* session, int64_t seq, int64_t n_token) {
-  return with_session(session, [&](Session& s) { s.pool.truncate(seq, n_token); });
+  return with_session(session, [&](Session& s) { s.truncate(seq, n_token); });
 }
 
 prt_status prt_sequence_length(prt_session* session, int64_t seq, int64_t* n_token) {
@@ -255,6 +255,24 @@ prt_status prt_sequence_length(prt_session* session, int64_t seq, int64_t* n_tok
 
 prt_status prt_sequence_free(prt_session* session, int64_t seq) {
   return with_session(session, [&](Session& s) { s.pool.free(seq); });
+}
+
+prt_status prt_session_set_attention(prt_session* session, const prt_attention* attention) {
+  return with_session(session, [&](Session& s) {
+    const prt_attention defaults = PRT_ATTENTION_INIT;
+    s.set_attention(read_struct(attention, defaults, PRT_SIZE_THROUGH(prt_attention, seed), "attention"));
+  });
+}
+
+prt_status prt_session_get_attention_stats(prt_session* session, int32_t layer, int32_t kv_head, prt_attention_stats* stats) {
+  return with_session(session, [&](Session& s) {
+    const AttentionCounters c = s.attention_counters(layer, kv_head);
+    prt_attention_stats v = PRT_ATTENTION_STATS_INIT;
+    v.n_step = c.n_step, v.n_context = c.n_context, v.n_selected = c.n_selected, v.n_exact = c.n_exact;
+    v.n_mass = c.n_mass, v.mass = c.mass, v.n_true = c.n_true, v.true_mass = c.true_mass, v.n_reached = c.n_reached;
+    std::copy_n(c.histogram, PRT_MASS_BINS, v.histogram);
+    write_struct(stats, v, "stats");
+  });
 }
 
 prt_status prt_sampler_create(int32_t n_vocab, const prt_sampling* sampling, prt_sampler** out) {

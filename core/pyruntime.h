@@ -98,7 +98,13 @@ PRT_API prt_status prt_device_get(int32_t i, prt_device_info *info);
 
 /* ---------------------------------------------------------------- model */
 
-typedef enum prt_dtype { PRT_F32 = 0, PRT_F16 = 1, PRT_BF16 = 2, PRT_I32 = 3 } prt_dtype;
+typedef enum prt_dtype {
+  PRT_F32 = 0,
+  PRT_F16 = 1,
+  PRT_BF16 = 2,
+  PRT_I32 = 3, /* ids; only as an operand of prt_op_run */
+  PRT_U16 = 4  /* the same, small ones */
+} prt_dtype;
 
 typedef enum prt_rope_kind {
   PRT_ROPE_DEFAULT = 0,
@@ -208,6 +214,65 @@ PRT_API prt_status prt_sequence_truncate(prt_session *session, int64_t seq, int6
 PRT_API prt_status prt_sequence_length(prt_session *session, int64_t seq, int64_t *n_token);
 PRT_API prt_status prt_sequence_free(prt_session *session, int64_t seq);
 
+/* ---------------------------------------------------------------- attention */
+
+typedef enum prt_attention_policy {
+  PRT_ATTENTION_FULL = 0,   /* every decoded token attends to all tokens before it */
+  PRT_ATTENTION_TACTIC = 1  /* ... to the clusters of keys that reach a share p of the softmax mass (arXiv 2502.12216). On the CPU only so far */
+} prt_attention_policy;
+
+typedef enum prt_estimator {
+  PRT_ESTIMATOR_FIT = 0,    /* the published curve a / x + b through two sampled stretches */
+  PRT_ESTIMATOR_MOMENT = 1  /* the mass of a cluster from its mean and variance, and exactly once it is chosen */
+} prt_estimator;
+
+/* Prompts (entries of more than one token) are always dense. Decoded tokens are sparse from min_context on; before that, bit-equal to
+ * PRT_ATTENTION_FULL. Rows of a sequence that were clustered are kept in another order: later dense steps over them differ from steps of
+ * a session that never clustered by rounding only. */
+typedef struct prt_attention {
+  uint32_t struct_size;
+  int32_t policy;        /* prt_attention_policy */
+  float p;               /* share of the softmax mass to reach per query head, (0, 1]; 1: all rows */
+  int32_t cluster;       /* mean rows of a cluster: 4, 8, 16, 32 or 64 */
+  int32_t segment;       /* rows that are clustered together, a multiple of 64 from 256; 0: all there are when decoding begins, as published */
+  int32_t iterations;    /* most steps of K-means */
+  int32_t estimator;     /* prt_estimator */
+  int32_t tail;          /* 1: clusters that were not chosen count with their mean value and estimated mass */
+  int32_t sinks;         /* first rows that are always attended to, rounded up to whole pages */
+  int32_t window;        /* last rows that are always attended to; rows that are not clustered yet come on top */
+  int32_t min_context;   /* decoded tokens that see fewer rows are dense */
+  int32_t dense_layers;  /* first layers that stay dense */
+  int32_t measure;       /* 1: also compute the true share of the mass, at the cost of dense attention */
+  uint64_t seed;         /* of K-means */
+} prt_attention;
+#define PRT_ATTENTION_INIT { sizeof(prt_attention), PRT_ATTENTION_FULL, 0.9f, 16, 2048, 10, PRT_ESTIMATOR_MOMENT, 1, 16, 128, 1024, 0, 0, 0 }
+
+/* How the session's later steps attend; PRT_ATTENTION_FULL at first. May be changed at any time between steps; what is kept per page serves
+ * on unless cluster, segment, iterations, sinks, window or seed change. Clears the counters below. Not with a sliding window. */
+PRT_API prt_status prt_session_set_attention(prt_session *session, const prt_attention *attention);
+
+#define PRT_MASS_BINS 100
+
+/* Sums over all sparse decode rows since prt_session_set_attention, of one layer and kv head or of several. */
+typedef struct prt_attention_stats {
+  uint32_t struct_size;
+  int32_t reserved;
+  int64_t n_step;        /* (decode row, layer, kv head) */
+  int64_t n_context;     /* rows there were to attend to */
+  int64_t n_selected;    /* clustered rows attended to, after the union over the query heads of a kv head; / n_context is the density */
+  int64_t n_exact;       /* rows attended to in any case: sinks, window, and those not clustered yet */
+  int64_t n_mass;        /* (decode row, layer, query head) */
+  double mass;           /* sum of the shares of the mass that the heads' choices reach, as estimated */
+  int64_t n_true;        /* with `measure`: the same for the true share of all rows that were attended to */
+  double true_mass;
+  int64_t n_reached;     /* of n_true: p or more */
+  int64_t histogram[100]; /* of the true shares, from 0 to 1: PRT_MASS_BINS */
+} prt_attention_stats;
+#define PRT_ATTENTION_STATS_INIT { sizeof(prt_attention_stats), 0, 0, 0, 0, 0, 0, 0.0, 0, 0.0, 0, {0} }
+
+/* layer -1: all layers; kv_head -1: all of them. All zero before prt_session_set_attention. */
+PRT_API prt_status prt_session_get_attention_stats(prt_session *session, int32_t layer, int32_t kv_head, prt_attention_stats *stats);
+
 /* ---------------------------------------------------------------- sampling */
 
 /* Order of application: logit bias, repetition, frequency and presence penalties, temperature, top-k, min-p, top-p. */
@@ -283,8 +348,11 @@ typedef struct prt_session_stats {
   int64_t n_decode_token;      /* tokens of entries with one token */
   int64_t n_page_copy;         /* copy-on-write copies made */
   double prefill_seconds, decode_seconds; /* wall time of steps with and without a multi-token entry */
+  int64_t index_bytes;         /* address space of what sparse attention keeps per page, and of its workspace */
+  int64_t n_clustered_token;   /* rows clustered so far */
+  double cluster_seconds;      /* time that took; part of the step in which it was done */
 } prt_session_stats;
-#define PRT_SESSION_STATS_INIT { sizeof(prt_session_stats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0 }
+#define PRT_SESSION_STATS_INIT { sizeof(prt_session_stats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, 0.0 }
 PRT_API prt_status prt_session_get_stats(prt_session *session, prt_session_stats *stats);
 
 /* ---------------------------------------------------------------- advanced: single operations */

@@ -28,11 +28,16 @@ PRT_F32 = 0
 PRT_F16 = 1
 PRT_BF16 = 2
 PRT_I32 = 3
+PRT_U16 = 4
 PRT_ROPE_DEFAULT = 0
 PRT_ROPE_LINEAR = 1
 PRT_ROPE_DYNAMIC = 2
 PRT_ROPE_LLAMA3 = 3
 PRT_ROPE_YARN = 4
+PRT_ATTENTION_FULL = 0
+PRT_ATTENTION_TACTIC = 1
+PRT_ESTIMATOR_FIT = 0
+PRT_ESTIMATOR_MOMENT = 1
 
 prt_log_fn = c.CFUNCTYPE(None, c.c_void_p, c.c_int32, c.c_char_p)
 prt_abort_fn = c.CFUNCTYPE(c.c_int32, c.c_void_p)
@@ -141,6 +146,61 @@ class prt_session_config(c.Structure):
             setattr(self, key, value)
 
 
+class prt_attention(c.Structure):
+    _fields_ = [
+        ("struct_size", c.c_uint32),
+        ("policy", c.c_int32),
+        ("p", c.c_float),
+        ("cluster", c.c_int32),
+        ("segment", c.c_int32),
+        ("iterations", c.c_int32),
+        ("estimator", c.c_int32),
+        ("tail", c.c_int32),
+        ("sinks", c.c_int32),
+        ("window", c.c_int32),
+        ("min_context", c.c_int32),
+        ("dense_layers", c.c_int32),
+        ("measure", c.c_int32),
+        ("seed", c.c_uint64),
+    ]
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(struct_size=c.sizeof(prt_attention))
+        self.p = 0.9
+        self.cluster = 16
+        self.segment = 2048
+        self.iterations = 10
+        self.estimator = 1
+        self.tail = 1
+        self.sinks = 16
+        self.window = 128
+        self.min_context = 1024
+        for key, value in fields.items():
+            setattr(self, key, value)
+
+
+class prt_attention_stats(c.Structure):
+    _fields_ = [
+        ("struct_size", c.c_uint32),
+        ("reserved", c.c_int32),
+        ("n_step", c.c_int64),
+        ("n_context", c.c_int64),
+        ("n_selected", c.c_int64),
+        ("n_exact", c.c_int64),
+        ("n_mass", c.c_int64),
+        ("mass", c.c_double),
+        ("n_true", c.c_int64),
+        ("true_mass", c.c_double),
+        ("n_reached", c.c_int64),
+        ("histogram", c.c_int64 * 100),
+    ]
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(struct_size=c.sizeof(prt_attention_stats))
+        for key, value in fields.items():
+            setattr(self, key, value)
+
+
 class prt_sampling(c.Structure):
     _fields_ = [
         ("struct_size", c.c_uint32),
@@ -210,6 +270,9 @@ class prt_session_stats(c.Structure):
         ("n_page_copy", c.c_int64),
         ("prefill_seconds", c.c_double),
         ("decode_seconds", c.c_double),
+        ("index_bytes", c.c_int64),
+        ("n_clustered_token", c.c_int64),
+        ("cluster_seconds", c.c_double),
     ]
 
     def __init__(self, **fields: Any) -> None:
@@ -252,6 +315,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "prt_sequence_truncate": (c.c_int32, [c.c_void_p, c.c_int64, c.c_int64]),
     "prt_sequence_length": (c.c_int32, [c.c_void_p, c.c_int64, c.POINTER(c.c_int64)]),
     "prt_sequence_free": (c.c_int32, [c.c_void_p, c.c_int64]),
+    "prt_session_set_attention": (c.c_int32, [c.c_void_p, c.POINTER(prt_attention)]),
+    "prt_session_get_attention_stats": (c.c_int32, [c.c_void_p, c.c_int32, c.c_int32, c.POINTER(prt_attention_stats)]),
     "prt_sampler_create": (c.c_int32, [c.c_int32, c.POINTER(prt_sampling), c.POINTER(c.c_void_p)]),
     "prt_sampler_accept": (c.c_int32, [c.c_void_p, c.POINTER(c.c_int32), c.c_int32, c.c_int32]),
     "prt_sampler_set_bias": (c.c_int32, [c.c_void_p, c.POINTER(c.c_int32), c.POINTER(c.c_float), c.c_int32]),

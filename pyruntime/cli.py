@@ -104,6 +104,16 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument("--json", action="store_true")
     perplexity.set_defaults(command=_perplexity)
 
+    evaluate = commands.add_parser("eval", help="compare sparse attention policies with dense attention on a text")
+    _model_arguments(evaluate, attention=False)
+    evaluate.add_argument("--file", type=Path, required=True, metavar="F")
+    evaluate.add_argument("--prompt-tokens", type=int, default=7936, metavar="N", help="read densely (default 7936)")
+    evaluate.add_argument("--decode-tokens", type=int, default=64, metavar="M", help="then decoded one by one, sparsely (default 64)")
+    evaluate.add_argument("--attention", default="tactic", metavar="A,B,...", help="policies, e.g. tactic:p=0.5,tactic:p=0.9,tail=0")
+    evaluate.add_argument("--true-mass", action="store_true", help="also measure the softmax mass that was attended to (slow)")
+    evaluate.add_argument("--json", action="store_true")
+    evaluate.set_defaults(command=_eval)
+
     bench = commands.add_parser("bench", help="measure prefill and decode speed")
     _model_arguments(bench)
     bench.add_argument("-p", "--n-prompt", type=_int_list, default=[512], metavar="N,..", help="prompt tokens (default 512; 0: skip)")
@@ -124,12 +134,14 @@ def _int_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number or a list of numbers with commas") from None
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
+def _model_arguments(parser: argparse.ArgumentParser, *, attention: bool = True) -> None:
     parser.add_argument("model", help="catalogue name, hub repository (org/name), folder, or .gguf file")
     group = parser.add_argument_group("model")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     group.add_argument("--dtype", default="auto", help="auto, bf16, f16 or f32: weights and KV cache (default auto)")
     group.add_argument("--max-context", type=int, metavar="N", help="most tokens of a sequence (default: the model's own, or what fits)")
+    if attention:
+        group.add_argument("--attention", default="full", metavar="A", help="of decoded tokens: full (default), tactic, tactic:p=0.75, ...")
     group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default: one per core)")
     group.add_argument("--offline", action="store_true", help="use only what is on disk")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress, no timings on stderr")
@@ -161,8 +173,10 @@ def _sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def _open(arguments: argparse.Namespace) -> Any:
     from .model import Model
 
+    given = {} if arguments.command is _eval else {"attention": arguments.attention}
     model = Model(
         arguments.model,
+        **given,
         device=arguments.device,
         dtype=arguments.dtype,
         max_context=arguments.max_context,
@@ -351,6 +365,28 @@ def _perplexity(arguments: argparse.Namespace) -> int:
             print(f"{value:.4f}")
             if not arguments.quiet:
                 print(f"[{n} of {len(ids)} tokens, {n / seconds:.1f} tok/s]", file=sys.stderr)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    import json
+
+    from .attention import Attention, parse_list
+    from .evaluate import evaluate, render
+
+    policies = parse_list(arguments.attention)
+    if arguments.true_mass:
+        policies = [a if a.policy == "full" else Attention(a.policy, {**a.options, "measure": True}) for a in policies]
+    text = _read_text(arguments.file)
+
+    def show(done: int, total: int) -> None:
+        print(f"\rdecoding {done}/{total} tokens", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    with _open(arguments) as model:
+        ids = model.tokenize(text)
+        progress = show if sys.stderr.isatty() and not arguments.quiet else None
+        report = evaluate(model, ids, policies, n_prompt=arguments.prompt_tokens, n_decode=arguments.decode_tokens, progress=progress)
+    print(json.dumps(report) if arguments.json else render(report))
     return 0
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from . import catalog, download, env
 from ._abi import PAGE_TOKENS
 from ._lib import devices
+from .attention import Attention
 from .chat import ChatTemplate
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import ModelConfig
@@ -37,7 +38,8 @@ class Model:
     device: "auto" (a usable GPU, else the CPU), "cpu", "cuda" or "cuda:N". It never changes silently; see the `device` attribute.
     dtype: of weights and KV: "auto" (the file's own; bf16 for quantised files), "bf16", "f16" or "f32".
     max_context: most tokens of one sequence, prompt included; None: the model's own, or what fits the memory with 1 GiB left.
-    attention: decode attention policy; this version has "full".
+    attention: how decoded tokens attend (prompts are always dense): "full"; "tactic", to the clusters of keys that reach a share p of the
+        softmax mass (arXiv 2502.12216); with options "tactic:p=0.75" or {"policy": "tactic", "p": 0.75, ...}. See set_attention.
     threads: CPU threads; None: PYRUNTIME_THREADS, else one per physical core. Without effect on a GPU.
     progress: show download, loading and the reading of long prompts on stderr.  offline: use only what is on disk.
 
@@ -53,12 +55,12 @@ class Model:
         device: str = "auto",
         dtype: str = "auto",
         max_context: int | None = None,
-        attention: str = "full",
+        attention: str | Mapping[str, Any] | Attention = "full",
         threads: int | None = None,
         progress: bool = False,
         offline: bool = False,
     ) -> None:
-        self.attention = attention
+        self.attention = Attention.parse(attention)
         if dtype not in ("auto", *DTYPES):
             raise InvalidArgumentError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, DTYPES))}")
         for what, value, most in (("max_context", max_context, 2**31 - 1), ("threads", threads, 1024)):
@@ -91,6 +93,11 @@ class Model:
         self.max_context, n_page = self._size(max_context)
         self._session = Session(self._weights, max_context=self.max_context, n_page=n_page, threads=threads, cpu_isa=env.cpu_isa())
         self._budget = PageBudget(n_page)
+        try:
+            self.set_attention(self.attention)
+        except BaseException:
+            self.close()
+            raise
         if progress and sys.stderr.isatty():
             self._session.on_progress = _prefill_line
 
@@ -235,21 +242,38 @@ class Model:
 
     # -- the rest
 
+    def set_attention(self, attention: str | Mapping[str, Any] | Attention) -> None:
+        """Another attention policy for the tokens decoded from now on, by all calls on this model.
+
+        Options of "tactic": p (share of the softmax mass to reach, 0.9), cluster (mean keys of a cluster, 16), segment (keys clustered
+        together, 2048; 0: all at once, as published), iterations (of K-means, at most), estimator ("moment", or "fit" as published), tail
+        (what was not selected counts by its mean), sinks and window (first and last rows that are always attended to), min_context (dense
+        below), dense_layers (first layers that stay dense), seed, measure (stats() then has the true mass; as slow as dense attention).
+        Raises InvalidArgumentError or UnsupportedModelError, and nothing has changed.
+        """
+        parsed = Attention.parse(attention)
+        self._open_session().set_attention(parsed)
+        self.attention = parsed
+
     def stats(self) -> dict[str, Any]:
-        """Pages, memory and token counters of this model's session; sizes in bytes, times in seconds."""
+        """Pages, memory and token counters of this model's session; sizes in bytes, times in seconds. With a sparse policy also "sparsity":
+        density after the union over query heads (all, by layer, by layer and kv head), share of rows read, estimated and true mass."""
         session = self._open_session().stats()
         rate = {
             f"{kind}_tok_s": session[f"n_{kind}_token"] / session[f"{kind}_seconds"] if session[f"{kind}_seconds"] else 0.0
             for kind in ("prefill", "decode")
         }
-        return {
+        result: dict[str, Any] = {
             "device": self.device,
             "dtype": self.dtype,
-            "attention": self.attention,
+            "attention": str(self.attention),
             "weight_bytes": self._weights.nbytes,
-            **session,
-            **rate,
         }
+        if self.attention.policy != "full":
+            from .evaluate import sparsity
+
+            result["sparsity"] = sparsity(self._session, self.config.n_layer, self.config.h_kv)
+        return {**result, **session, **rate}
 
     def close(self) -> None:
         """Frees weights and KV cache. Harmless when called twice."""

@@ -18,6 +18,7 @@ from ._lib import check, lib
 from .errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from .attention import Attention
     from .config import ModelConfig
     from .gguf import ArrayTensor
     from .safetensors import FileTensor
@@ -358,6 +359,19 @@ class Session(_Handle):
         with self._open():
             check(lib().prt_session_get_stats(self.handle, ctypes.byref(stats)))
         return {name: getattr(stats, name) for name, *_ in stats._fields_ if name != "struct_size"}
+
+    def set_attention(self, attention: Attention) -> None:
+        """How later steps attend; clears attention_stats()."""
+        with self._open():
+            check(lib().prt_session_set_attention(self.handle, ctypes.byref(attention.struct)))
+
+    def attention_stats(self, *, layer: int = -1, kv_head: int = -1) -> dict[str, Any]:
+        """Sums over the sparse decode rows since set_attention, see prt_attention_stats in pyruntime.h; -1: all."""
+        stats = _abi.prt_attention_stats()
+        with self._open():
+            check(lib().prt_session_get_attention_stats(self.handle, layer, kv_head, ctypes.byref(stats)))
+        result = {name: getattr(stats, name) for name, *_ in stats._fields_ if name not in ("struct_size", "reserved")}
+        return {**result, "histogram": list(stats.histogram)}
 
     def _poll(self, _user: Any) -> int:
         return int(self._stop.is_set() or self._error is not None)

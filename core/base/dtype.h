@@ -9,7 +9,7 @@
 
 namespace prt {
 
-enum class DType : int32_t { f32 = PRT_F32, f16 = PRT_F16, bf16 = PRT_BF16, i32 = PRT_I32 };
+enum class DType : int32_t { f32 = PRT_F32, f16 = PRT_F16, bf16 = PRT_BF16, i32 = PRT_I32, u16 = PRT_U16 };
 
 inline int64_t dtype_size(DType t) { return t == DType::f32 || t == DType::i32 ? 4 : 2; }
 
@@ -19,11 +19,12 @@ inline const char* dtype_name(DType t) {
     case DType::f16: return "f16";
     case DType::bf16: return "bf16";
     case DType::i32: return "i32";
+    case DType::u16: return "u16";
   }
   return "?";
 }
 
-// From a caller's number. Weights and activations are floats; i32 only carries ids.
+// From a caller's number. Weights and activations are floats; i32 and u16 only carry ids.
 inline DType float_dtype(int32_t value, const char* what) {
   check(value == PRT_F32 || value == PRT_F16 || value == PRT_BF16, what, " is ", value,
         ", expected PRT_F32 (0), PRT_F16 (1) or PRT_BF16 (2)");

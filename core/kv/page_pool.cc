@@ -11,7 +11,8 @@ namespace {
 int64_t pages_for(int64_t n_token) { return (n_token + PRT_PAGE_TOKENS - 1) / PRT_PAGE_TOKENS; }
 }  // namespace
 
-PagePool::PagePool(int32_t n_page, int64_t max_context) : max_context_(max_context), refs_(static_cast<size_t>(n_page), 0) {
+PagePool::PagePool(int32_t n_page, int64_t max_context)
+    : max_context_(max_context), refs_(static_cast<size_t>(n_page), 0), segment_(refs_) {
   free_.resize(refs_.size());
   std::iota(free_.rbegin(), free_.rend(), 0);  // page 0 is taken first
 }
@@ -28,6 +29,7 @@ int32_t PagePool::take() {
   const int32_t page = free_.back();
   free_.pop_back();
   refs_[static_cast<size_t>(page)] = 1;
+  segment_[static_cast<size_t>(page)] = 0;
   peak_ = std::max(peak_, n_page() - n_free());
   return page;
 }
@@ -112,7 +114,56 @@ void PagePool::grow(int32_t n_seq, const int64_t* seq, const int32_t* n_token, G
 }
 
 void PagePool::commit(const Growth& growth) {
-  for (const auto& item : growth.items) find(item.seq).length += item.n_token;
+  for (const auto& item : growth.items) {
+    Sequence& s = find(item.seq);
+    s.length += item.n_token;
+    s.prompt_ended |= item.n_token > 1;
+  }
+}
+
+bool PagePool::own(int64_t seq, int64_t first, int64_t n, std::vector<int32_t>& copy_from, std::vector<int32_t>& copy_to) {
+  copy_from.clear();
+  copy_to.clear();
+  Sequence& s = find(seq);
+  const auto refs = [&](int64_t i) { return refs_[static_cast<size_t>(s.pages[static_cast<size_t>(i)])]; };
+  if (refs(first) == refs(first + n - 1)) return true;  // everyone holds all of them, or nobody else any
+  int64_t need = 0;
+  for (int64_t i = first; i < first + n; ++i) need += refs(i) > 1;
+  if (need > n_free()) return false;
+  for (int64_t i = first; i < first + n; ++i) {
+    if (refs(i) == 1) continue;
+    int32_t& page = s.pages[static_cast<size_t>(i)];
+    copy_from.push_back(page);
+    drop(page);
+    page = take();
+    copy_to.push_back(page);
+    ++n_copy_;
+  }
+  return true;
+}
+
+std::vector<int32_t> PagePool::reserve(int64_t n) {
+  if (n > n_free())
+    fail(PRT_OUT_OF_PAGES, "cutting a shared sequence needs ", n, " KV pages of ", PRT_PAGE_TOKENS, " tokens, ", n_free(), " of ", n_page(),
+         " are free: free or truncate sequences, or create the session with a larger n_page");
+  std::vector<int32_t> pages;
+  while (static_cast<int64_t>(pages.size()) < n) pages.push_back(take());
+  return pages;
+}
+
+void PagePool::swap_tail(int64_t seq, int64_t first, const std::vector<int32_t>& pages, int64_t n_token) {
+  Sequence& s = find(seq);
+  for (auto i = static_cast<size_t>(first); i < s.pages.size(); ++i) drop(s.pages[i]);
+  s.pages.resize(static_cast<size_t>(first));
+  s.pages.insert(s.pages.end(), pages.begin(), pages.end());
+  s.length = n_token;
+}
+
+std::vector<int64_t> PagePool::ids() const {
+  std::vector<int64_t> all;
+  for (const auto& [id, s] : sequences_) all.push_back(id);
+  std::sort(all.begin(), all.end());
+  return all;
 }
 
 void PagePool::rollback(const Growth& growth) {

@@ -12,6 +12,7 @@ namespace prt {
 struct Sequence {
   std::vector<int32_t> pages;
   int64_t length = 0;  // tokens
+  bool prompt_ended = false;  // tokens came several at once since close_prompt
 };
 
 // A reservation made by PagePool::grow. Until it is committed the lengths are unchanged and rollback() returns the new pages.
@@ -42,6 +43,21 @@ class PagePool {
   // A copied page is kept: its former sharer may already have written into the original past its own end.
   void rollback(const Growth& growth);
 
+  // Segments: runs of pages of one sequence that an attention policy keeps in an order of its own. The number of pages is kept with the
+  // first one, until it is freed or set to 0. Within a segment, who holds a page also holds those before it.
+  int32_t segment(int32_t page) const { return segment_[static_cast<size_t>(page)]; }
+  void set_segment(int32_t page, int32_t n_page) { segment_[static_cast<size_t>(page)] = n_page; }
+  bool shared(int32_t page) const { return refs_[static_cast<size_t>(page)] > 1; }
+  // Before pages [first, first + n) of `seq` become segments: where somebody else holds only a part of them, they are exchanged for new
+  // pages, into which the caller copies. False: there are too few free pages; nothing changed.
+  bool own(int64_t seq, int64_t first, int64_t n, std::vector<int32_t>& copy_from, std::vector<int32_t>& copy_to);
+  // Takes n pages that belong to nobody yet; swap_tail makes them the pages of `seq` from `first` on, the last ones it has.
+  std::vector<int32_t> reserve(int64_t n);
+  void swap_tail(int64_t seq, int64_t first, const std::vector<int32_t>& pages, int64_t n_token);
+  void end_prompt(int64_t seq) { find(seq).prompt_ended = true; }
+  void close_prompt(int64_t seq) { find(seq).prompt_ended = false; }
+  std::vector<int64_t> ids() const;
+
   int32_t n_page() const { return static_cast<int32_t>(refs_.size()); }
   int32_t n_free() const { return static_cast<int32_t>(free_.size()); }
   int32_t n_peak() const { return peak_; }
@@ -56,6 +72,7 @@ class PagePool {
   int64_t max_context_;
   int64_t next_id_ = 1;
   std::vector<int32_t> refs_;  // [n_page] sequences that hold the page
+  std::vector<int32_t> segment_;  // [n_page]
   std::vector<std::pair<int32_t, int32_t>> left_;  // grow(): (shared page, sequences that have not copied it yet)
   std::vector<int32_t> free_;  // a stack: the page freed last is the warmest
   int32_t peak_ = 0;

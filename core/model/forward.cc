@@ -34,7 +34,7 @@ Activations Activations::take(Arena& arena, const Backend& b, const ModelConfig&
 }
 
 void forward(const Backend& b, const ModelConfig& c, const Weights& w, const Rope& rope, const KvCache& kv, const Rows& rows,
-             const Activations& act, bool (*keep_going)(void*), void* user) {
+             Policy* policy, const Activations& act, bool (*keep_going)(void*), void* user) {
   const int64_t n = rows.n_tok;
   const Tensor x = act.x.rows(0, n), cos_sin = act.cos_sin.rows(0, n), qkv = act.qkv.rows(0, n), attn = act.attn.rows(0, n);
   const Tensor ff = act.ff.rows(0, n), q = qkv.cols(0, c.q_size());
@@ -68,7 +68,8 @@ void forward(const Backend& b, const ModelConfig& c, const Weights& w, const Rop
                        act.attention_scratch};
     };
     if (rows.prefill.n_entry > 0) attention_prefill(b, attention_over(rows.prefill, 0, rows.n_prefill_tok));
-    if (rows.decode.n_entry > 0) attention_decode(b, attention_over(rows.decode, rows.n_prefill_tok, n - rows.n_prefill_tok));
+    if (rows.decode.n_entry > 0) attention_decode(b, attention_over(rows.decode, rows.n_prefill_tok, rows.decode.n_entry));
+    if (rows.sparse.n_entry > 0) policy->decode(i, attention_over(rows.sparse, n - rows.sparse.n_entry, rows.sparse.n_entry));
     linear(b, {.out = x, .x = attn, .weight = l.o, .bias = l.o_bias, .accumulate = true, .scratch = act.linear_scratch});
 
     linear(b, {.out = ff,

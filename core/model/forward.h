@@ -1,5 +1,6 @@
 // The forward pass: one chunk of rows through all layers, from token ids to the final hidden state, then to logits.
 #pragma once
+#include "attention/policy.h"
 #include "model/rope.h"
 #include "model/weights.h"
 #include "ops/ops.h"
@@ -17,7 +18,7 @@ struct Rope {
   float attention_factor;
 };
 
-// One internal step. Rows of entries with several tokens come first, then the decode rows, one per entry.
+// One internal step. Rows of entries with several tokens come first, then the decode rows, one per entry, dense ones first.
 struct Rows {
   int64_t n_tok = 0, n_prefill_tok = 0;
   Tensor tokens;      // [n_tok] i32
@@ -28,7 +29,7 @@ struct Rows {
     Tensor q_begin;     // [n_entry + 1] i32, from 0
     Tensor kv_len;      // [n_entry] i32
     Tensor page_table;  // [n_entry][max_pages] i32
-  } prefill, decode;
+  } prefill, decode, sparse;  // sparse: decode entries that the policy attends for, the last rows
 };
 
 // Activations of one chunk.
@@ -46,7 +47,7 @@ struct Activations {
 
 // Leaves the residual stream after the last layer in act.x. `keep_going` is asked between layers; false ends the pass with PRT_ABORTED.
 void forward(const Backend& backend, const ModelConfig& config, const Weights& weights, const Rope& rope, const KvCache& kv,
-             const Rows& rows, const Activations& act, bool (*keep_going)(void*), void* user);
+             const Rows& rows, Policy* policy, const Activations& act, bool (*keep_going)(void*), void* user);
 
 // logits[i] = lm_head norm(x[i])
 void output_logits(const Backend& backend, const ModelConfig& config, const Weights& weights, const Tensor& x, const Activations& act,

@@ -2,5 +2,6 @@
 #include "ops/cpu_table.h"
 
 namespace prt::PRT_ISA {
-const CpuOps cpu_ops = {embedding, rms_norm, linear, rope_kv_write, attention_prefill, attention_decode, silu_mul, target_logprob, sample};
+const CpuOps cpu_ops = {embedding,      rms_norm, linear,  rope_kv_write, attention_prefill, attention_decode, silu_mul,
+                        target_logprob, sample,   cluster, select,        sparse_attention};
 }  // namespace prt::PRT_ISA

@@ -3,7 +3,7 @@
 // Those files must not define anything that the linker could merge across instruction sets (inline functions of other headers,
 // templates of std); tests/test_library.py looks for such symbols.
 #pragma once
-#include "ops/ops.h"
+#include "attention/sparse.h"
 
 namespace prt {
 
@@ -17,20 +17,26 @@ struct CpuOps {
   void (*silu_mul)(ThreadPool&, const SiluMul&);
   void (*target_logprob)(ThreadPool&, const TargetLogprob&);
   void (*sample)(ThreadPool&, const Sample&);
+  void (*cluster)(ThreadPool&, const Cluster&);
+  void (*select)(ThreadPool&, const Select&);
+  void (*sparse_attention)(ThreadPool&, const SparseAttention&);
 };
 
-#define PRT_DECLARE_ISA(isa)                              \
-  namespace isa {                                         \
-  extern const CpuOps cpu_ops;                            \
-  void embedding(ThreadPool&, const Embedding&);          \
-  void rms_norm(ThreadPool&, const RmsNorm&);             \
-  void linear(ThreadPool&, const Linear&);                \
-  void rope_kv_write(ThreadPool&, const RopeKvWrite&);    \
-  void attention_prefill(ThreadPool&, const Attention&);  \
-  void attention_decode(ThreadPool&, const Attention&);   \
-  void silu_mul(ThreadPool&, const SiluMul&);             \
-  void target_logprob(ThreadPool&, const TargetLogprob&); \
-  void sample(ThreadPool&, const Sample&);                \
+#define PRT_DECLARE_ISA(isa)                                  \
+  namespace isa {                                             \
+  extern const CpuOps cpu_ops;                                \
+  void embedding(ThreadPool&, const Embedding&);              \
+  void rms_norm(ThreadPool&, const RmsNorm&);                 \
+  void linear(ThreadPool&, const Linear&);                    \
+  void rope_kv_write(ThreadPool&, const RopeKvWrite&);        \
+  void attention_prefill(ThreadPool&, const Attention&);      \
+  void attention_decode(ThreadPool&, const Attention&);       \
+  void silu_mul(ThreadPool&, const SiluMul&);                 \
+  void target_logprob(ThreadPool&, const TargetLogprob&);     \
+  void sample(ThreadPool&, const Sample&);                    \
+  void cluster(ThreadPool&, const Cluster&);                  \
+  void select(ThreadPool&, const Select&);                    \
+  void sparse_attention(ThreadPool&, const SparseAttention&); \
   }
 PRT_DECLARE_ISA(baseline)
 PRT_DECLARE_ISA(avx2)

@@ -214,7 +214,7 @@ void Session::cut_chunk(const prt_batch& b, int32_t& entry, int32_t& offset) {
   pieces_.clear();
   for (int64_t room = config_.max_batch_tokens; room > 0 && entry < b.n_seq && static_cast<int64_t>(pieces_.size()) < max_entries();) {
     const auto n = static_cast<int32_t>(std::min<int64_t>(room, b.n_token[entry] - offset));
-    pieces_.push_back({entry, offset, n});
+    pieces_.push_back({entry, offset, n, sparse_row(b, entry)});
     room -= n;
     offset += n;
     if (offset == b.n_token[entry]) {
@@ -222,7 +222,21 @@ void Session::cut_chunk(const prt_batch& b, int32_t& entry, int32_t& offset) {
       offset = 0;
     }
   }
-  std::stable_sort(pieces_.begin(), pieces_.end(), [](const Piece& x, const Piece& y) { return (x.n > 1) > (y.n > 1); });
+  const auto rank = [](const Piece& p) { return p.sparse ? 2 : p.n > 1 ? 0 : 1; };
+  std::stable_sort(pieces_.begin(), pieces_.end(), [&](const Piece& x, const Piece& y) { return rank(x) < rank(y); });
+}
+
+// Whether the entry is one decoded token that the policy attends for. The last token of a prompt that was cut is not.
+bool Session::sparse_row(const prt_batch& b, int32_t entry) const {
+  return policy_ && b.n_token[entry] == 1 && policy_->wants(pool.at(b.seq[entry]).length + 1);
+}
+
+void Session::prepare_policy(const prt_batch& b) {
+  if (!policy_) return;
+  sparse_.clear();
+  for (int32_t s = 0; s < b.n_seq; ++s)
+    if (sparse_row(b, s)) sparse_.push_back(b.seq[s]);
+  policy_->prepare(sparse_.data(), static_cast<int64_t>(sparse_.size()));
 }
 
 // Writes the index tensors of the chunk: pieces with several rows come first.
@@ -237,8 +251,8 @@ Rows Session::fill_rows(const prt_batch& b) {
   for (const Piece& p : pieces_) {
     const Sequence& s = pool.at(b.seq[p.entry]);
     const bool decode = p.n == 1;
-    Rows::Part& part = decode ? rows.decode : rows.prefill;
-    int32_t* begin = (decode ? in_.decode_q_begin : in_.q_begin).as<int32_t>() + part.n_entry;
+    Rows::Part& part = p.sparse ? rows.sparse : decode ? rows.decode : rows.prefill;
+    int32_t* begin = (decode ? in_.decode_q_begin : in_.q_begin).as<int32_t>() + part.n_entry + (p.sparse ? rows.decode.n_entry : 0);
     begin[0] = static_cast<int32_t>(decode ? row - rows.n_prefill_tok : row);
     begin[1] = begin[0] + p.n;
     in_.kv_len.as<int32_t>()[entry] = static_cast<int32_t>(s.length + p.offset + p.n);
@@ -265,6 +279,17 @@ Rows Session::fill_rows(const prt_batch& b) {
   rows.decode.q_begin = in.decode_q_begin.rows(0, rows.decode.n_entry + 1);
   rows.decode.kv_len = in.kv_len.rows(rows.prefill.n_entry, rows.decode.n_entry);
   rows.decode.page_table = in.page_table.rows(rows.prefill.n_entry, rows.decode.n_entry);
+  if (rows.sparse.n_entry > 0) {
+    // Entries of one row each: the same list of beginnings serves both kinds.
+    const int64_t dense = rows.prefill.n_entry + rows.decode.n_entry;
+    rows.sparse.q_begin = in.decode_q_begin.rows(0, rows.sparse.n_entry + 1);
+    rows.sparse.kv_len = in.kv_len.rows(dense, rows.sparse.n_entry);
+    rows.sparse.page_table = in.page_table.rows(dense, rows.sparse.n_entry);
+    sparse_.clear();
+    for (const Piece& p : pieces_)
+      if (p.sparse) sparse_.push_back(b.seq[p.entry]);
+    policy_->begin(sparse_.data(), rows.sparse.n_entry);
+  }
   return rows;
 }
 
@@ -328,7 +353,7 @@ void Session::send_inputs(const Rows& rows) {
   const CudaStream& s = cuda_->stream();
   copy_to_device(s, seen_by_ops_.tokens.data, in_.tokens.data, in_.head_bytes - (in_.tokens.as<char>() - in_.out_rows.as<char>()));
   int64_t used = 1;
-  const int64_t n_entry = rows.prefill.n_entry + rows.decode.n_entry;
+  const int64_t n_entry = rows.prefill.n_entry + rows.decode.n_entry + rows.sparse.n_entry;
   for (int64_t e = 0; e < n_entry; ++e) used = std::max(used, pages_for(in_.kv_len.as<int32_t>()[e]));
   copy_rows_to_device(s, seen_by_ops_.page_table.data, in_.page_table.data, used * 4, max_pages_ * 4, n_entry);
 }
@@ -344,7 +369,7 @@ void Session::send_outputs() {
 // for any lengths, pages and tokens, which the operations read from device memory.
 void Session::run_forward(const Rows& rows) {
   const auto launch = [&](bool (*keep_going)(void*)) {
-    forward(backend_, model_->config, model_->weights, rope_, kv_, rows, act_, keep_going, this);
+    forward(backend_, model_->config, model_->weights, rope_, kv_, rows, policy_, act_, keep_going, this);
   };
   const auto ask = [](void* self) { return static_cast<Session*>(self)->keep_going(); };
   if (!on_cuda() || rows.n_prefill_tok > 0 || rows.n_tok > kGraphRows) return launch(ask);
@@ -487,6 +512,7 @@ void Session::step(const prt_batch& b) {
   logits_row_.assign(b.logits_mask ? static_cast<size_t>(n_tok) : 0, 0);
   for (size_t i = 1; i < logits_row_.size(); ++i) logits_row_[i] = logits_row_[i - 1] + (b.logits_mask[i - 1] ? 1 : 0);
 
+  prepare_policy(b);
   pool.grow(b.n_seq, b.seq, b.n_token, growth_);
   try {
     run_chunks(b, n_tok);
@@ -505,6 +531,33 @@ void Session::step(const prt_batch& b) {
   (is_prefill ? counters_.prefill_seconds : counters_.decode_seconds) += seconds;
 }
 
+void Session::set_attention(const prt_attention& attention) {
+  check_attention_config(attention);
+  const ModelConfig& c = model_->config;
+  if (attention.policy == PRT_ATTENTION_FULL) {
+    policy_ = nullptr;
+    return;
+  }
+  if (on_cuda()) no_gpu_form();
+  if (c.sliding_window > 0)
+    fail(PRT_UNSUPPORTED, "attention 'tactic' cannot be combined with the model's sliding window of ", c.sliding_window,
+         ": use attention 'full'");
+  check(attention.dense_layers <= c.n_layer, "attention: dense_layers is ", attention.dense_layers, ", the model has ", c.n_layer,
+        " layers");
+  if (tactic_) tactic_->configure(attention);
+  else tactic_ = std::make_unique<Tactic>(backend_, pool, kv_.k, kv_.v, c.h_q, config_.max_context, attention);
+  policy_ = tactic_.get();
+}
+
+void Session::truncate(int64_t seq, int64_t n_token) {
+  if (tactic_) tactic_->truncate(seq, n_token);
+  pool.truncate(seq, n_token);
+}
+
+AttentionCounters Session::attention_counters(int64_t layer, int64_t kv_head) const {
+  return tactic_ ? tactic_->counters(layer, kv_head) : AttentionCounters{};
+}
+
 prt_session_stats Session::stats() const {
   prt_session_stats s = counters_;
   s.n_page = pool.n_page();
@@ -518,6 +571,11 @@ prt_session_stats Session::stats() const {
   s.page_bytes = page_bytes(model_->config);
   s.workspace_bytes = workspace_.bytes();
   s.n_page_copy = pool.n_copy();
+  if (tactic_) {
+    s.index_bytes = tactic_->index_bytes();
+    s.n_clustered_token = tactic_->n_clustered();
+    s.cluster_seconds = tactic_->cluster_seconds();
+  }
   return s;
 }
 

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <vector>
 
+#include "attention/tactic.h"
 #include "cuda/device.h"
 #include "kv/page_pool.h"
 #include "model/forward.h"
@@ -27,6 +28,9 @@ class Session {
   Session(std::shared_ptr<const Model> model, const prt_session_config& config);
 
   void step(const prt_batch& batch);
+  void set_attention(const prt_attention& attention);
+  void truncate(int64_t seq, int64_t n_token);
+  AttentionCounters attention_counters(int64_t layer, int64_t kv_head) const;
   prt_session_stats stats() const;
 
   PagePool pool;
@@ -40,6 +44,7 @@ class Session {
   // Where the rows of a chunk come from: n consecutive tokens of batch entry `entry`, starting at its token `offset`.
   struct Piece {
     int32_t entry, offset, n;
+    bool sparse;
   };
   struct Output {
     int64_t row, batch_row;
@@ -83,6 +88,8 @@ class Session {
   int64_t fill_samplers(const prt_batch& batch, const Output* out, int64_t begin, int64_t end);
   void send_inputs(const Rows& rows);
   void send_outputs();
+  bool sparse_row(const prt_batch& batch, int32_t entry) const;
+  void prepare_policy(const prt_batch& batch);
   void run_forward(const Rows& rows);
   void run_outputs(const prt_batch& batch);
   void take_top(int64_t n_top);
@@ -99,6 +106,8 @@ class Session {
   int64_t max_pages_;  // of one sequence
   Buffer kv_buffer_, workspace_, pinned_;
   KvCache kv_;
+  std::unique_ptr<Tactic> tactic_;  // from the first time it is asked for: it knows the order of the rows
+  Policy* policy_ = nullptr;        // null: all rows are dense
   Rope rope_;
   Activations act_;
   Tensor out_x_, sample_scratch_;
@@ -120,6 +129,7 @@ class Session {
   Tensor top_ids_, top_logprobs_;
   std::vector<int32_t> top_ids_host_;
   std::vector<float> top_logprobs_host_;
+  std::vector<int64_t> sparse_;  // sequences whose decode rows the policy attends for
   Growth growth_;
   std::chrono::steady_clock::time_point last_poll_;
   prt_session_stats counters_ = PRT_SESSION_STATS_INIT;

@@ -1,0 +1,100 @@
+// Sparse decode attention: an index over closed stretches of the KV cache, a choice of rows per kv head, and attention over that choice.
+//
+// A closed segment is a run of whole pages of one sequence, 32 as a rule (2048 tokens), whose rows were clustered per kv head and then
+// stored cluster after cluster, so that a cluster is a range of rows. Attention does not care about the order of past rows: their positions
+// are in the keys. All arrays of the index have one entry per KV page id: cluster j of a segment is in slot j % n_slot of the
+// segment's page j / n_slot. An index therefore lives, is shared and dies with its pages and needs no bookkeeping of its own.
+#pragma once
+#include "ops/ops.h"
+
+namespace prt {
+
+constexpr int64_t kMaxSegmentPages = 1024;  // rows of a segment are numbered in 16 bits
+
+struct ClusterIndex {
+  Tensor centroid;  // [n_page][h_kv][n_slot][d_head] bf16: mean key
+  Tensor variance;  // [n_page][h_kv][n_slot][d_head] bf16: of the keys about the centroid, per dimension
+  Tensor value;  // [n_page][h_kv][n_slot][d_head] bf16: mean value
+  Tensor range;  // [n_page][h_kv][n_slot][2] i32: first row, counted from the first row of the slot's page; number of rows, may be 0
+  Tensor order;  // [n_page][h_kv][64] u16: the row of the segment, before, of what is now stored here
+};
+
+// Lloyd's K-means of the keys of each segment and kv head, Euclidean (Tactic, section 4.1), then K and V rows change places.
+// The centroids begin as keys drawn with `seed`; iterations end when no key changes its cluster. An emptied cluster stays empty.
+struct Cluster {
+  Tensor k_pages, v_pages;  // [n_page][h_kv][64][d_head], rows are permuted within a segment
+  Tensor pages;  // [n_segment][n] i32: the pages of each segment, no page twice
+  ClusterIndex index;
+  int64_t iterations;
+  uint64_t seed;
+  Tensor scratch;  // [cluster_scratch_bytes() / 4] f32
+};
+void cluster(const Backend&, const Cluster&);
+int64_t cluster_scratch_bytes(const Backend&, int64_t n_page, int64_t n_slot, int64_t d_head);  // for segments of n_page pages or fewer
+
+// Takes a closed segment apart: dst[i] = page i of the segment as it was before clustering, for the first pages only where dst is shorter.
+struct Uncluster {
+  Tensor k_pages, v_pages;  // [n_page][h_kv][64][d_head]
+  Tensor order;  // of the index
+  Tensor src;  // [n] i32: the pages of the segment
+  Tensor dst;  // [m] i32, m <= n: other pages, or the same
+  Tensor scratch;  // [uncluster_scratch_bytes() / 4] f32
+};
+void uncluster(const Backend&, const Uncluster&);
+int64_t uncluster_scratch_bytes(int64_t n_page, int64_t d_head);
+
+// How the softmax mass of a cluster of n keys with centroid c is estimated, m = q.c scale:
+enum class Estimator : int32_t {
+  fit = 0,  // as published: y(x) = a / x + b over the rows sorted by m, through two sampled stretches; the head of the curve is exact
+  moment = 1,  // n exp(m + scale^2 / 2 sum_i q_i^2 var_i); what has been chosen is then counted exactly
+};
+
+// Which rows each kv head attends to. Rows outside the closed segments (sinks, recent window) are always taken, and their exact mass
+// counts. Per query head the smallest prefix of clusters that reaches the share `p` of the estimated mass; the kv head takes the union of
+// its group.
+struct Select {
+  Tensor ranges;  // out [n_entry][h_kv][max_range][2] i32: first row of the sequence as stored, number of rows; ascending
+  Tensor n_range;  // out [n_entry][h_kv] i32
+  Tensor tail;  // out [n_entry][h_q][d_head + 2] f32, or missing: the estimated rest, as sum, top and total of a softmax
+  Tensor mass;  // out [n_entry][h_q] f32: the estimated share that the head's own choice reaches
+  Tensor true_mass;  // out [n_entry][h_q] f32, or missing: the share of the exact mass that `ranges` holds. Costs a pass over all keys
+  Tensor q;  // [n_entry][h_q * d_head] act
+  Tensor k_pages;  // [n_page][h_kv][64][d_head]
+  Tensor page_table;  // [n_entry][max_pages] i32
+  Tensor kv_len;  // [n_entry] i32
+  Tensor closed;  // [n_entry][2] i32: first and end of the pages (of the page table) that closed segments fill
+  ClusterIndex index;  // without `order`
+  float scale, p;
+  Estimator estimator;
+  Tensor scratch;  // [select_scratch_bytes() / 4] f32
+};
+void select(const Backend&, const Select&);
+int64_t select_scratch_bytes(int64_t n_entry, int64_t h_q, int64_t max_pages, int64_t n_slot);
+inline int64_t select_max_range(int64_t max_pages, int64_t n_slot) { return max_pages * n_slot + 2; }
+
+// Softmax attention of one query row per entry over ranges of rows, plus the estimated rest if it is given.
+struct SparseAttention {
+  Tensor out;  // [n_entry][h_q * d_head] act
+  Tensor q;  // [n_entry][h_q * d_head] act
+  Tensor k_pages;  // [n_page][h_kv][64][d_head]
+  Tensor v_pages;  // [n_page][h_kv][64][d_head]
+  Tensor page_table;  // [n_entry][max_pages] i32
+  Tensor ranges;  // [n_entry][h_kv][max_range][2] i32
+  Tensor n_range;  // [n_entry][h_kv] i32
+  Tensor tail;  // [n_entry][h_q][d_head + 2] f32, or missing
+  float scale;
+  Tensor scratch;  // [sparse_attention_scratch_bytes() / 4] f32
+};
+void sparse_attention(const Backend&, const SparseAttention&);
+int64_t sparse_attention_scratch_bytes(const Backend&, int64_t n_entry, int64_t max_pages, int64_t h_q, int64_t h_kv, int64_t d_head);
+
+void check_contents(const Cluster& a);
+void check_contents(const Uncluster& a);
+void check_contents(const Select& a);
+void check_contents(const SparseAttention& a);
+
+// Shared by the contracts.
+void check_index(const char* op, const ClusterIndex& index, int64_t n_page, int64_t h_kv, int64_t d);
+[[noreturn]] void no_gpu_form();
+
+}  // namespace prt
