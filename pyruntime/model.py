@@ -116,17 +116,6 @@ class Model:
         context = max_context or min(c.context_length, fit * PAGE_TOKENS)
         return context, min(fit, _POOL_SEQUENCES * -(-context // PAGE_TOKENS))
 
-    @property
-    def attention(self) -> str:
-        """The decode attention policy."""
-        return self._attention
-
-    @attention.setter
-    def attention(self, policy: str) -> None:
-        if policy != "full":
-            raise InvalidArgumentError(f"attention is {policy!r}, expected 'full', the only policy of this version")
-        self._attention = policy
-
     # -- text and tokens
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -130,7 +130,7 @@ class _Terminal:
 
     def _attention(self, policy: str) -> None:
         if policy:
-            self._model.attention = policy
+            self._model.set_attention(policy)
         self._note(f"attention: {self._model.attention}")
 
     def _save(self, name: str) -> None:

@@ -122,7 +122,8 @@ def test_commands(tiny: str, answers: list[str], tmp_path: Path) -> None:
         "/attention full",
         "/clear",
         "/undo",
-        "/attention tactic",
+        "/attention tactic:p=0.75",
+        "/attention snap",
         "/fly",
         "/save",
         "/save ~no-such-user/x",
@@ -134,12 +135,12 @@ def test_commands(tiny: str, answers: list[str], tmp_path: Path) -> None:
     for part in (
         "/retry             answer", f"{file}: 2 messages saved", f"{file}: 2 messages loaded\n", "taken back: two", "a new conversation",
         "conversation  2 messages", "last answer   ", "0 of them cached", "system message: Brief.\nsystem message: Brief.",
-        "system message: none", "attention: full\nattention: full",
+        "system message: none", "attention: full\nattention: full", "attention: tactic:p=0.75",
     ):  # fmt: skip
         assert part in err
     assert re.findall("pyruntime: error: (.*)", err) == [
         "there is no question yet",
-        "attention is 'tactic', expected 'full', the only policy of this version",
+        "attention policy 'snap' is unknown, expected 'full' or 'tactic'",
         "there is no command /fly: /help lists them, and a space before the / makes it a message",
         "/save needs the name of a file",
         "/save: '~no-such-user/x' cannot be the name of a file",
@@ -295,8 +296,8 @@ def test_terminal(tiny: str, answers: list[str], terminals: list[Pty], tmp_path:
     t.wait("[cut at max_tokens]\r\n> ")
     t.send("goes \\\non\n")
     t.wait("[cut at max_tokens]\r\n> ")
-    t.send("\x1b[A\x1b[A\x1b[A\x01x\x05 not\x15/attention tactic\n")  # line editing: up, to the start, to the end, away
-    t.wait("the only policy of this version\r\n> ")
+    t.send("\x1b[A\x1b[A\x1b[A\x01x\x05 not\x15/attention snap\n")  # line editing: up, to the start, to the end, away
+    t.wait("expected 'full' or 'tactic'\r\n> ")
     t.send(f"/save {tmp_path / 'c.json'}\n")
     t.wait("8 messages saved\r\n> ")
     t.send("\x04")  # Ctrl-D
