@@ -17,7 +17,7 @@ C_SOURCES = $(shell find core bench $(wildcard examples) -type f \
 
 .PHONY: help demo test lint format clean
 help:
-	@echo "make demo    build, install into $(VENV), fetch a small model (98 MB, once) and let it answer a question"
+	@echo "make demo    build, install into $(VENV), fetch a small model (98 MB, once) and let it answer, also about a long text"
 	@echo "make test    build, install into $(VENV) with what the tests need, and run every test"
 	@echo "make lint    the checks of .ci/run that need no build: ruff, mypy, clang-format, the generated binding"
 	@echo "make format  rewrite the sources as lint wants them"
@@ -26,6 +26,9 @@ help:
 demo: $(VENV)/.installed
 	@echo "== SmolLM2-135M answers a question (the model is fetched the first time, 98 MB)"
 	$(BIN)/pyruntime run smollm2-135m --chat --temperature 0 --max-tokens 200 "Explain in three sentences why the sky is blue."
+	@echo "== It reads 6000 tokens of the Jargon File once and answers from there, densely and with sparse attention (half a minute on two cores)"
+	$(BIN)/pyruntime eval smollm2-135m --file tests/data/jargon-60k.txt --prompt-tokens 6000 --generate 64 \
+	  --ask "What is verb doubling? Answer in one sentence." --attention tactic:p=0.9,tactic:p=0.75
 
 # From tests/, and not as `python -m pytest`: the pyruntime/ of this folder has no library in it and must not be found first.
 test: $(VENV)/.test

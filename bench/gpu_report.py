@@ -2,10 +2,13 @@
 
     prt-bench -c llama3.1-8b -p 512,8192 -n 128 --ops -q --out short.json
     prt-bench -c llama3.1-8b -p 0 -n 64 -d 2048,131072 -b 1,8,32 -r 3 -q --out long.json
+    prt-bench -c llama3.1-8b -p 0 -n 64 -d 131072 -r 3 -q --attention tactic --selected 0.005,0.01,0.02,0.05,0.1 --ops --structured \\
+        --match "decode attention" --out sparse.json
     python bench/peers/llama_cpp_cuda.py --work DIR --out llama.json
     python bench/peers/flashinfer_attention.py --out flashinfer.json
     python bench/load_time.py FOLDER --out load.json
-    python bench/gpu_report.py --prt-bench short.json long.json --llama llama.json --flashinfer flashinfer.json --load-time load.json
+    python bench/gpu_report.py --prt-bench short.json long.json sparse.json --llama llama.json --flashinfer flashinfer.json \\
+        --load-time load.json
 
 Of rows that several files have, the last one's count; all files must be of the same commit. --more FILE adds figures that none of these
 programs makes, as a JSON object; its "wheel_bytes" is a target too.
@@ -25,6 +28,7 @@ from typing import Any
 
 Json = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
+SPARSE = "select + sparse_attention"
 
 
 class Figures:
@@ -33,7 +37,7 @@ class Figures:
     def __init__(self, result: Json) -> None:
         self.result = result
         self.tests = {t["test"]: t for t in result.get("tests", [])}
-        self.ops = {f"{o['op']} {o['shape']}": o for o in result.get("ops", [])}
+        self.ops = {f"{o['op']} {o['shape']}" + (f", {o['selected']:g}" if "selected" in o else ""): o for o in result.get("ops", [])}
 
     def tok_s(self, test: str) -> float | None:
         """Of one end-to-end test; the comparison's own run counts where there is one."""
@@ -57,18 +61,49 @@ class Figures:
         o = self.ops.get(op)
         return float(o["flops"]) / float(o["us"]) / 1e6 if o else None
 
-    def decode_against_flashinfer(self) -> list[tuple[str, float]]:
-        """(batch x context, our time over theirs) for every row that both measured."""
-        theirs: dict[tuple[int, int], float] = {}
+    def flashinfer(self) -> dict[str, float]:
+        """batch x context -> us of dense decode attention, the best of its page sizes."""
+        best: dict[tuple[int, int], float] = {}
         for row in self.result.get("flashinfer", {}).get("rows", []):
             if row["test"] == "decode":
                 key = (row["batch"], row["context"])
-                theirs[key] = min(float(row["us"]), theirs.get(key, float("inf")))
+                best[key] = min(float(row["us"]), best.get(key, float("inf")))
+        return {f"{batch} x {context}": us for (batch, context), us in sorted(best.items())}
+
+    def sparse_against_flashinfer(self, shape: str, selected: float = 0.02) -> float | None:
+        """FlashInfer's time of dense attention over that of selection and sparse attention."""
+        ours, theirs = self.ops.get(f"{SPARSE} {shape}, {selected:g}"), self.flashinfer().get(shape)
+        return theirs / float(ours["us"]) if ours and theirs else None
+
+    def sparse_speedup(self, test: str, selected: str = "2 %") -> float | None:
+        """Tokens per second of sparse decoding over dense, in one run."""
+        dense, sparse = self.tests.get(test), self.tests.get(f"{test} tactic {selected}")
+        return float(sparse["tok_s_mean"]) / float(dense["tok_s_mean"]) if dense and sparse else None
+
+    def sparse_against_llama(self, test: str, selected: str = "2 %") -> float | None:
+        sparse = self.tests.get(f"{test} tactic {selected}")
+        for row in self.result.get("llama_cpp", {}).get("rows", []):
+            if row["test"] == test and "theirs" in row and sparse:
+                return float(sparse["tok_s_mean"]) / float(row["theirs"]["tok_s_mean"])
+        return None
+
+    def clustering_share(self, depth: int) -> float | None:
+        """Of the time that reading the prompt took, in per cent."""
+        shares = [
+            100 * t["cluster_seconds"] / t["prompt_seconds"] for t in self.tests.values() if t.get("prompt_seconds") and t["depth"] == depth
+        ]
+        return max(shares, default=None)
+
+    def index_share(self) -> float | None:
+        memory = self.result.get("sparse_memory", {})
+        return 100 * memory["index_bytes"] / memory["kv_bytes"] if "index_bytes" in memory else None
+
+    def decode_against_flashinfer(self) -> list[tuple[str, float]]:
+        """(batch x context, our time over theirs) for every row that both measured."""
         found = []
-        for (batch, context), us in sorted(theirs.items()):
-            ours = self.ops.get(f"attention_decode {batch} x {context}")
-            if ours:
-                found.append((f"{batch} x {context}", float(ours["us"]) / us))
+        for shape, us in self.flashinfer().items():
+            if ours := self.ops.get(f"attention_decode {shape}"):
+                found.append((shape, float(ours["us"]) / us))
         return found
 
     def worst_against_flashinfer(self) -> float | None:
@@ -114,6 +149,17 @@ TARGETS = [
     Target("matrix product 8192 x 4096 x 14336", "TFLOP/s", 600, 0.95 * 780, lambda f: f.tflops("linear 8192 x 4096 x 14336")),
     Target("Model(...) to the first token, 16 GB in the page cache", "s", 8, 4, Figures.first_token_seconds, True),
     Target("memory beyond weights and KV", "MiB", 600, 300, Figures.beyond_mib, True),
+    Target(
+        "sparse decode attention 1 x 131072, 2 %, over FlashInfer dense", "x", 6, 10, lambda f: f.sparse_against_flashinfer("1 x 131072")
+    ),
+    Target(
+        "sparse decode attention 1 x 32768, 2 %, over FlashInfer dense", "x", 2.5, 4.5, lambda f: f.sparse_against_flashinfer("1 x 32768")
+    ),
+    Target("sparse decode attention 8 x 65536, 2 %, over FlashInfer dense", "x", 8, 14, lambda f: f.sparse_against_flashinfer("8 x 65536")),
+    Target("sparse decode at depth 131072, 2 %, over our dense", "x", 1.58, 1.9, lambda f: f.sparse_speedup("tg64 @ d131072")),
+    Target("sparse decode at depth 131072, 2 %, over llama.cpp", "x", 2.3, 2.9, lambda f: f.sparse_against_llama("tg64 @ d131072")),
+    Target("clustering at 131072, share of prefill", "%", 3, 1, lambda f: f.clustering_share(131072), True),
+    Target("index memory, share of KV", "%", 8, 4, Figures.index_share, True),
     Target("wheel with all architectures", "MB", 60, 30, lambda f: f.more("wheel_bytes", 1e6), True),
 ]
 
@@ -136,6 +182,34 @@ def attention_table(figures: Figures) -> str:
     for name, ratio in figures.decode_against_flashinfer():
         us = figures.ops[f"attention_decode {name}"]["us"]
         lines.append(f"| {name} | {us:.1f} | {us / ratio:.1f} | {ratio:.2f} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def sparse_table(figures: Figures) -> str:
+    """us of one layer: selection, attention, both; and how that compares with dense attention of the same contexts."""
+    lines = [
+        "| batch x context, rows chosen | select, us | attend, us | both, us | ours dense | FlashInfer dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    theirs = figures.flashinfer()
+    for op in figures.ops.values():
+        if op["op"] != SPARSE:
+            continue
+        shape, chosen, us = op["shape"], op["selected"], float(op["us"])
+        parts = [figures.ops.get(f"{name} {shape}, {chosen:g}") for name in ("select", "sparse_attention")]
+        dense = figures.ops.get(f"attention_decode {shape}")
+        cells = [f"{float(p['us']):.1f}" if p else "-" for p in parts] + [f"{us:.1f}"]
+        cells += [f"{x:.1f} ({x / us:.1f}x)" if x else "-" for x in (float(dense["us"]) if dense else None, theirs.get(shape))]
+        lines.append(f"| {shape}, {100 * op['selected_rows']:.2f} % | " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def clustering_table(figures: Figures) -> str:
+    lines = ["| clustering, batch x context | us per layer | us per 2048 tokens |", "|---|---|---|"]
+    for op in figures.ops.values():
+        if op["op"] == "cluster":
+            batch, context = map(int, op["shape"].split(" x "))
+            lines.append(f"| {op['shape']} | {float(op['us']):.0f} | {float(op['us']) * 2048 / (batch * context):.1f} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -166,6 +240,8 @@ def gather(args: argparse.Namespace) -> Json:
             result["memory"] = run["memory"]
         result["tests"] = merged(result.get("tests", []), run["tests"], lambda t: t["test"])
         result["ops"] = merged(result.get("ops", []), run["ops"], lambda o: (o["group"], o["op"], o["shape"]))
+        if "index_bytes" in run["memory"]:
+            result["sparse_memory"] = run["memory"]
     for field, path in (("llama_cpp", args.llama), ("flashinfer", args.flashinfer), ("load_time", args.load_time)):
         if path:
             result[field] = json.loads(path.read_text())
@@ -198,6 +274,9 @@ def main() -> int:
     print(table)
     if attention := attention_table(figures):
         print("\n" + attention)
+    for table in (sparse_table(figures), clustering_table(figures)):
+        if table:
+            print("\n" + table)
     print(f"\n{out}", file=sys.stderr)
     return 0
 

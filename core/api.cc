@@ -264,12 +264,23 @@ prt_status prt_session_set_attention(prt_session* session, const prt_attention* 
   });
 }
 
+prt_status prt_attention_page_bytes(prt_model* model, const prt_attention* attention, int64_t* bytes) {
+  return guard([&] {
+    const ModelConfig& c = deref(model, "model").model->config;
+    const prt_attention defaults = PRT_ATTENTION_INIT;
+    const prt_attention a = read_struct(attention, defaults, PRT_SIZE_THROUGH(prt_attention, seed), "attention");
+    check_attention_config(a);
+    deref(bytes, "bytes") = a.policy == PRT_ATTENTION_FULL ? 0 : index_page_bytes(a, c.n_layer, c.h_kv, c.d_head);
+  });
+}
+
 prt_status prt_session_get_attention_stats(prt_session* session, int32_t layer, int32_t kv_head, prt_attention_stats* stats) {
   return with_session(session, [&](Session& s) {
     const AttentionCounters c = s.attention_counters(layer, kv_head);
     prt_attention_stats v = PRT_ATTENTION_STATS_INIT;
     v.n_step = c.n_step, v.n_context = c.n_context, v.n_selected = c.n_selected, v.n_exact = c.n_exact;
-    v.n_mass = c.n_mass, v.mass = c.mass, v.n_true = c.n_true, v.true_mass = c.true_mass, v.n_reached = c.n_reached;
+    v.n_mass = c.n_mass, v.mass = static_cast<double>(c.mass) * 0x1p-32, v.n_true = c.n_true,
+    v.true_mass = static_cast<double>(c.true_mass) * 0x1p-32, v.n_reached = c.n_reached;
     std::copy_n(c.histogram, PRT_MASS_BINS, v.histogram);
     write_struct(stats, v, "stats");
   });

@@ -103,7 +103,9 @@ typedef enum prt_dtype {
   PRT_F16 = 1,
   PRT_BF16 = 2,
   PRT_I32 = 3, /* ids; only as an operand of prt_op_run */
-  PRT_U16 = 4  /* the same, small ones */
+  PRT_U16 = 4, /* the same, small ones */
+  PRT_F8 = 5,  /* e4m3, up to 448; only there, too */
+  PRT_I64 = 6
 } prt_dtype;
 
 typedef enum prt_rope_kind {
@@ -218,7 +220,7 @@ PRT_API prt_status prt_sequence_free(prt_session *session, int64_t seq);
 
 typedef enum prt_attention_policy {
   PRT_ATTENTION_FULL = 0,   /* every decoded token attends to all tokens before it */
-  PRT_ATTENTION_TACTIC = 1  /* ... to the clusters of keys that reach a share p of the softmax mass (arXiv 2502.12216). On the CPU only so far */
+  PRT_ATTENTION_TACTIC = 1  /* ... to the clusters of keys that reach a share p of the softmax mass (arXiv 2502.12216) */
 } prt_attention_policy;
 
 typedef enum prt_estimator {
@@ -243,13 +245,19 @@ typedef struct prt_attention {
   int32_t min_context;   /* decoded tokens that see fewer rows are dense */
   int32_t dense_layers;  /* first layers that stay dense */
   int32_t measure;       /* 1: also compute the true share of the mass, at the cost of dense attention */
+  float selected;        /* for benchmarks: the share of the clustered rows that each query head chooses, whatever their mass; 0: by p */
   uint64_t seed;         /* of K-means */
 } prt_attention;
-#define PRT_ATTENTION_INIT { sizeof(prt_attention), PRT_ATTENTION_FULL, 0.9f, 16, 2048, 10, PRT_ESTIMATOR_MOMENT, 1, 16, 128, 1024, 0, 0, 0 }
+#define PRT_ATTENTION_INIT { sizeof(prt_attention), PRT_ATTENTION_FULL, 0.9f, 16, 2048, 10, PRT_ESTIMATOR_MOMENT, 1, 16, 128, 1024, 0, 0, 0.0f, 0 }
 
 /* How the session's later steps attend; PRT_ATTENTION_FULL at first. May be changed at any time between steps; what is kept per page serves
- * on unless cluster, segment, iterations, sinks, window or seed change. Clears the counters below. Not with a sliding window. */
+ * on unless cluster, segment, iterations, sinks, window or seed change. Clears the counters below. Not with a sliding window.
+ * PRT_OUT_OF_MEMORY: nothing has changed; the text says how large a pool leaves room for the index. */
 PRT_API prt_status prt_session_set_attention(prt_session *session, const prt_attention *attention);
+
+/* What a policy keeps for each KV page, in bytes, beside prt_session_stats.page_bytes: for choosing an n_page that leaves room for it. 0 for
+ * PRT_ATTENTION_FULL. prt_session_set_attention takes that much for every page of the pool, and working memory. */
+PRT_API prt_status prt_attention_page_bytes(prt_model *model, const prt_attention *attention, int64_t *bytes);
 
 #define PRT_MASS_BINS 100
 

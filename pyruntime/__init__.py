@@ -22,21 +22,24 @@ from .errors import (
     OutOfMemoryError,
     OutOfPagesError,
     PyruntimeError,
+    QueueFullError,
     UnsupportedModelError,
 )
 
 if TYPE_CHECKING:
     from ._lib import build_info
     from .generate import Completion, Timings, TokenLogprob, Usage
-    from .model import Model, Stream
+    from .model import Model
     from .paths import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from .sampling import SamplingParams
+    from .stream import AsyncStream, Stream
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Model": "model",
-    "Stream": "model",
+    "AsyncStream": "stream",
+    "Stream": "stream",
     "Completion": "generate",
     "Timings": "generate",
     "TokenLogprob": "generate",
@@ -51,6 +54,7 @@ _LAZY = {
 
 __all__ = [
     "AbortedError",
+    "AsyncStream",
     "Completion",
     "ContextLengthError",
     "DeviceError",
@@ -62,6 +66,7 @@ __all__ = [
     "OutOfMemoryError",
     "OutOfPagesError",
     "PyruntimeError",
+    "QueueFullError",
     "SamplingParams",
     "Stream",
     "Timings",

@@ -29,6 +29,8 @@ PRT_F16 = 1
 PRT_BF16 = 2
 PRT_I32 = 3
 PRT_U16 = 4
+PRT_F8 = 5
+PRT_I64 = 6
 PRT_ROPE_DEFAULT = 0
 PRT_ROPE_LINEAR = 1
 PRT_ROPE_DYNAMIC = 2
@@ -161,6 +163,7 @@ class prt_attention(c.Structure):
         ("min_context", c.c_int32),
         ("dense_layers", c.c_int32),
         ("measure", c.c_int32),
+        ("selected", c.c_float),
         ("seed", c.c_uint64),
     ]
 
@@ -316,6 +319,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "prt_sequence_length": (c.c_int32, [c.c_void_p, c.c_int64, c.POINTER(c.c_int64)]),
     "prt_sequence_free": (c.c_int32, [c.c_void_p, c.c_int64]),
     "prt_session_set_attention": (c.c_int32, [c.c_void_p, c.POINTER(prt_attention)]),
+    "prt_attention_page_bytes": (c.c_int32, [c.c_void_p, c.POINTER(prt_attention), c.POINTER(c.c_int64)]),
     "prt_session_get_attention_stats": (c.c_int32, [c.c_void_p, c.c_int32, c.c_int32, c.POINTER(prt_attention_stats)]),
     "prt_sampler_create": (c.c_int32, [c.c_int32, c.POINTER(prt_sampling), c.POINTER(c.c_void_p)]),
     "prt_sampler_accept": (c.c_int32, [c.c_void_p, c.POINTER(c.c_int32), c.c_int32, c.c_int32]),

@@ -12,7 +12,7 @@ from .errors import InvalidArgumentError
 _POLICIES = {"full": _abi.PRT_ATTENTION_FULL, "tactic": _abi.PRT_ATTENTION_TACTIC}
 _ESTIMATORS = {"fit": _abi.PRT_ESTIMATOR_FIT, "moment": _abi.PRT_ESTIMATOR_MOMENT}
 _NUMBERS = ("cluster", "segment", "iterations", "sinks", "window", "min_context", "dense_layers", "seed")
-_OPTIONS = ("p", *_NUMBERS, "estimator", "tail", "measure")
+_OPTIONS = ("p", *_NUMBERS, "estimator", "tail", "measure", "selected")
 _SWITCH = {"0": False, "1": True, "false": False, "true": True, "off": False, "on": True}
 
 
@@ -114,4 +114,4 @@ def _estimator(name: str, value: Any) -> int:
     return _ESTIMATORS[value]
 
 
-_READ: dict[str, Any] = {"p": _real, "estimator": _estimator, "tail": _switch, "measure": _switch}
+_READ: dict[str, Any] = {"p": _real, "selected": _real, "estimator": _estimator, "tail": _switch, "measure": _switch}

@@ -104,14 +104,29 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument("--json", action="store_true")
     perplexity.set_defaults(command=_perplexity)
 
-    evaluate = commands.add_parser("eval", help="compare sparse attention policies with dense attention on a text")
+    evaluate = commands.add_parser(
+        "eval", help="compare sparse attention with dense attention: on a text, or with --tasks on questions about a long context"
+    )
     _model_arguments(evaluate, attention=False)
-    evaluate.add_argument("--file", type=Path, required=True, metavar="F")
-    evaluate.add_argument("--prompt-tokens", type=int, default=7936, metavar="N", help="read densely (default 7936)")
-    evaluate.add_argument("--decode-tokens", type=int, default=64, metavar="M", help="then decoded one by one, sparsely (default 64)")
+    evaluate.add_argument("--file", type=Path, required=True, metavar="F", help="the text; with --tasks what the facts are hidden in")
     evaluate.add_argument("--attention", default="tactic", metavar="A,B,...", help="policies, e.g. tactic:p=0.5,tactic:p=0.9,tail=0")
-    evaluate.add_argument("--true-mass", action="store_true", help="also measure the softmax mass that was attended to (slow)")
+    evaluate.add_argument("--true-mass", action=argparse.BooleanOptionalAction, default=True, help="measure the softmax mass attended to")
     evaluate.add_argument("--json", action="store_true")
+    evaluate.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON there; with --tasks, go on from what is in it")
+    evaluate.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs matplotlib: the extra 'plot')")
+    text = evaluate.add_argument_group("on a text")
+    text.add_argument("--prompt-tokens", type=int, default=7936, metavar="N", help="read densely (default 7936)")
+    text.add_argument("--decode-tokens", type=int, default=64, metavar="M", help="then decoded one by one, sparsely (default 64)")
+    text.add_argument("--generate", type=int, metavar="N", help="instead, N tokens as each policy would go on: how long they are the same")
+    text.add_argument("--ask", metavar="QUESTION", help="with --generate: the text and this question are a chat message")
+    tasks = evaluate.add_argument_group("on questions")
+    tasks.add_argument("--tasks", metavar="T,..", help="needle, multikey, multivalue, kv, chain, words, count")
+    tasks.add_argument("--lengths", type=_int_list, default=[8192], metavar="N,..", help="tokens of context and question (default 8192)")
+    tasks.add_argument("--questions", type=int, default=50, metavar="N", help="of each kind and length (default 50)")
+    tasks.add_argument("--limit", type=int, metavar="N", help="ask only the first N of them in this run")
+    tasks.add_argument("--share", type=int, default=5, metavar="N", help="questions about one context, which is read once (default 5)")
+    tasks.add_argument("--question", choices=("sparse", "dense"), default="sparse", help="how its last 24 tokens are read (default sparse)")
+    tasks.add_argument("--seed", type=int, default=0, metavar="S", help="other questions (default 0)")
     evaluate.set_defaults(command=_eval)
 
     bench = commands.add_parser("bench", help="measure prefill and decode speed")
@@ -148,7 +163,7 @@ def _model_arguments(parser: argparse.ArgumentParser, *, attention: bool = True)
 
 
 _SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-             "seed", "stop", "ignore_eos")  # fmt: skip
+             "seed", "stop", "ignore_eos", "min_tokens", "json_schema", "regex", "grammar")  # fmt: skip
 
 
 def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,11 +178,19 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--frequency-penalty", type=float, metavar="R")
     sampling.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (may be repeated)")
+    sampling.add_argument("--min-tokens", type=int, metavar="N", help="no end before that many")
+    sampling.add_argument("--json-schema", metavar="JSON", help="answer with JSON of this schema; @FILE reads it from a file")
+    sampling.add_argument("--regex", metavar="R", help="answer with text that matches this regular expression; @FILE as above")
+    sampling.add_argument("--grammar", metavar="LARK", help="answer with text of this grammar; @FILE as above")
     sampling.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end token")
 
 
 def _sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in _SAMPLING}
+    options = {name: getattr(arguments, name) for name in _SAMPLING}
+    for name in ("json_schema", "regex", "grammar"):
+        if options[name] and options[name].startswith("@"):
+            options[name] = _read_text(Path(options[name][1:]))
+    return options
 
 
 def _open(arguments: argparse.Namespace) -> Any:
@@ -369,24 +392,9 @@ def _perplexity(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    import json
+    from .evaluate import command
 
-    from .attention import Attention, parse_list
-    from .evaluate import evaluate, render
-
-    policies = parse_list(arguments.attention)
-    if arguments.true_mass:
-        policies = [a if a.policy == "full" else Attention(a.policy, {**a.options, "measure": True}) for a in policies]
-    text = _read_text(arguments.file)
-
-    def show(done: int, total: int) -> None:
-        print(f"\rdecoding {done}/{total} tokens", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-    with _open(arguments) as model:
-        ids = model.tokenize(text)
-        progress = show if sys.stderr.isatty() and not arguments.quiet else None
-        report = evaluate(model, ids, policies, n_prompt=arguments.prompt_tokens, n_decode=arguments.decode_tokens, progress=progress)
-    print(json.dumps(report) if arguments.json else render(report))
+    command.run(arguments, _open, _read_text(arguments.file))
     return 0
 
 

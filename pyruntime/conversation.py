@@ -32,8 +32,8 @@ class Conversation:
         self._n_answer = 0
         self.messages: list[dict[str, str]] = []
         self.last: Completion | None = None
+        self._ids: list[int] = []  # of the last prompt and answer
         self.set_system(system)
-        self._kept = model.keep()
 
     def turn(self, text: str) -> Iterator[str]:
         """Asks; yields the answer in pieces. Closing the iterator, or an exception out of it, ends the answer; what was made stays.
@@ -69,8 +69,8 @@ class Conversation:
 
     @property
     def n_kept(self) -> int:
-        """Tokens whose KV is kept for the next turn."""
-        return len(self._kept.tokens)
+        """Tokens whose KV is kept for the next turn, unless others need the room until then."""
+        return self._model.n_cached(self._ids)
 
     @property
     def is_full(self) -> bool:
@@ -94,10 +94,6 @@ class Conversation:
         self.messages = messages
         return name
 
-    def close(self) -> None:
-        """Frees the KV; the conversation can go on, and is then read again from its start."""
-        self._kept.close()
-
     def _last_question(self) -> int:
         if not self.messages or self.messages[-1]["role"] == "system":
             raise InvalidArgumentError("there is no question yet")
@@ -112,12 +108,13 @@ class Conversation:
         options = dict(self._options)
         if options.get("seed") is not None:
             options["seed"] += self._n_answer
-        stream = self._model.generate(ids, stream=True, kept=self._kept, **options)
+        stream = self._model.generate(ids, stream=True, **options)
         try:
             yield from stream
         finally:
             stream.close()
             done = stream.completion
+            self._ids = ids + done.token_ids
             if done.text or done.finish_reason != "abort":
                 self.messages = [*asked, _message("assistant", done.text)]
                 self._n_answer += 1

@@ -35,6 +35,10 @@ class OutOfPagesError(PyruntimeError):
     """The KV page pool is exhausted; the message says how many pages were needed and how many are free."""
 
 
+class QueueFullError(PyruntimeError):
+    """Too many calls are waiting for the model already; the message says how many. Nothing was begun: try again later."""
+
+
 class DeviceError(PyruntimeError):
     """The device asked for is missing, too old, or failed."""
 

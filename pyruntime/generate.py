@@ -1,21 +1,25 @@
-"""The sampling loop: requests join a batch when their pages fit, and leave it when they are done."""
+"""One completion: its request with the sampling state, and what comes out of it."""
 
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from . import _abi
-from .errors import ContextLengthError, OutOfPagesError
-from .kept import KeptSequence
+import numpy as np
+
+from .errors import ContextLengthError, InvalidArgumentError
 from .sampling import SamplingParams
-from .session import Entry, Sampler, Session, StepResult
+from .session import FloatArray, Sampler
 from .stop import StopMatcher
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .constraint import Constraint
+
+Top = list[tuple[int, float]]  # the likeliest tokens and their log-probabilities, best first
 
 
 @dataclass(slots=True)
@@ -30,7 +34,7 @@ class TokenLogprob:
 
 @dataclass(slots=True)
 class Usage:
-    """Token counts of one completion. cached_tokens: those of the prompt that were in the KV cache already."""
+    """Token counts of one completion. cached_tokens: those of the prompt that were in the KV cache already, or read for another sample."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -59,10 +63,11 @@ class Timings:
 class Completion:
     """What generate returns for one prompt.
 
-    finish_reason: "stop" (end token, stop token or stop string), "length" (max_tokens or the context is full), or "abort" (of a stream:
-        Ctrl-C, an error, or nobody has read on).
+    finish_reason: "stop" (end token, stop token, stop string, or the schema or grammar is complete), "length" (max_tokens or the context is
+        full), or "abort" (cancelled, or of a stream: Ctrl-C, an error, or nobody has read on).
     stop_reason: the stop string or the token id that ended it; None for the model's own end token.
     token_ids: all sampled tokens, the ending one included.
+    prompt_logprobs: one entry per token of the prompt; None for the first, which follows nothing.
     """
 
     text: str
@@ -73,27 +78,29 @@ class Completion:
     usage: Usage
     timings: Timings
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
     def __str__(self) -> str:
         return self.text
 
 
 class Request:
-    """One prompt on its way through the loop."""
+    """One sequence on its way through the engine: its prompt, its sampler, the tokens drawn so far and the text they make."""
 
     def __init__(
         self,
-        prompt: Sequence[int],
+        prompt: list[int],
         params: SamplingParams,
         tokenizer: Tokenizer,
         *,
+        seed: int | None = None,
         eos_ids: Sequence[int],
         n_vocab: int,
         max_context: int,
         longest_context: int,
-        kept: KeptSequence | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
-        self.prompt, self.params, self.tokenizer, self.kept = prompt, params, tokenizer, kept
+        self.prompt, self.params, self.tokenizer, self.constraint = prompt, params, tokenizer, constraint
         if len(prompt) >= max_context:
             larger = f", or load the model with a larger max_context (up to {longest_context})" if max_context < longest_context else ""
             raise ContextLengthError(
@@ -102,7 +109,7 @@ class Request:
             )
         room = max_context - len(prompt)
         self.max_tokens = min(params.max_tokens or room, room)
-        self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(7), "little")
+        self.seed = fresh_seed() if seed is None else seed
         self.sampler = Sampler(params, n_vocab, seed=self.seed)
         self.sampler.accept(prompt, is_prompt=True)
         self.eos_ids = frozenset(eos_ids)
@@ -110,28 +117,51 @@ class Request:
         if params.min_tokens:  # until then, nothing that would end it; take() lifts the ban
             banned = {t: -float("inf") for t in {*self.eos_ids, *self.stop_ids} if t < n_vocab}
             self.sampler.set_bias({**params.logit_bias, **banned})
+        self.processors = list(params.logits_processors)
+        if constraint:
+            self.processors.append(lambda _, logits: constraint.apply(logits))  # last: nothing may bring back what it forbids
         self.detokenizer = tokenizer.stream(continuation=True)
         self.matcher = StopMatcher(params.stop)
-        self.seq = self.n_cached = 0
+        self.n_cached = 0
         self.token_ids: list[int] = []
         self.pieces: list[str] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None if params.prompt_logprobs is None else [None]
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.started = time.perf_counter()
         self.first_token = self.ended = 0.0
 
     @property
-    def pages(self) -> int:
-        """KV pages that the request may come to need."""
-        return -(-(len(self.prompt) + self.max_tokens) // _abi.PAGE_TOKENS)
+    def n_token(self) -> int:
+        """Of the prompt and what was drawn so far."""
+        return len(self.prompt) + len(self.token_ids)
 
-    def take(self, token: int) -> str:
-        """Accounts for a sampled token; returns the text that is now certain."""
+    def tokens(self, begin: int, end: int) -> list[int]:
+        """Tokens [begin, end) of the prompt with what was drawn so far."""
+        n = len(self.prompt)
+        return self.prompt[begin:end] + self.token_ids[max(0, begin - n) : max(0, end - n)]
+
+    def draw(self, logits: FloatArray) -> tuple[int, float, Top]:
+        """(token, its log-probability, the likeliest ones) from logits [n_vocab], by way of the processors; the sampler moves on."""
+        row = logits.copy() if self.processors else logits
+        for process in self.processors:
+            row = _changed(process(list(self.token_ids), row), row)
+        token = self.sampler.sample(row)
+        if self.logprobs is None:
+            return token, 0.0, []
+        top = logits.max()
+        normalizer = float(top) + float(np.log(np.exp((logits - top).astype(np.float64)).sum()))
+        return token, float(logits[token]) - normalizer, likeliest(logits, self.params.logprobs or 0, normalizer)
+
+    def take(self, token: int, logprob: float = 0.0, top: Top | None = None) -> str:
+        """Accounts for a drawn token; returns the text that is now certain."""
         now = time.perf_counter()
         self.first_token = self.first_token or now
         self.ended = now
         self.token_ids.append(token)
+        if self.logprobs is not None:
+            self.logprobs.append(self._named(token, logprob, top or []))
         if len(self.token_ids) == self.params.min_tokens:
             self.sampler.set_bias(self.params.logit_bias)
         ends = (token in self.eos_ids and not self.params.ignore_eos) or token in self.stop_ids
@@ -141,6 +171,8 @@ class Request:
             self.stop_reason = token if token in self.stop_ids else None
         elif matched is not None:
             self.finish_reason, self.stop_reason = "stop", matched
+        elif self.constraint and self.constraint.accept(token):
+            self.finish_reason = "stop"
         elif len(self.token_ids) >= self.max_tokens:
             self.finish_reason = "length"
         if self.finish_reason and matched is None:
@@ -154,10 +186,26 @@ class Request:
             self.pieces.append(piece)
         return piece
 
-    def record(self, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
-        if self.logprobs is not None:
-            name = self.tokenizer.id_to_text
-            self.logprobs.append(TokenLogprob(token, name(token), logprob, [(i, name(i), p) for i, p in top if i >= 0]))
+    @property
+    def wants_scores(self) -> bool:
+        """Whether tokens of the prompt are still to be scored."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt)
+
+    def score(self, begin: int, logprobs: FloatArray, logits: FloatArray | None) -> None:
+        """Accounts for the scores of the prompt's tokens after rows begin, begin + 1, ...: logprobs [n], and logits [n, n_vocab] if the
+        likeliest tokens are wanted too."""
+        assert self.prompt_logprobs is not None
+        del self.prompt_logprobs[begin + 1 :]  # what was read for a second time
+        for i, token in enumerate(self.prompt[begin + 1 : begin + 1 + len(logprobs)]):
+            logprob = float(logprobs[i])
+            top: Top = []
+            if logits is not None:
+                top = likeliest(logits[i], self.params.prompt_logprobs or 0, float(logits[i, token]) - logprob)
+            self.prompt_logprobs.append(self._named(token, logprob, top))
+
+    def _named(self, token: int, logprob: float, top: Top) -> TokenLogprob:
+        name = self.tokenizer.id_to_text
+        return TokenLogprob(token, name(token), logprob, [(i, name(i), p) for i, p in top if i >= 0])
 
     def completion(self) -> Completion:
         n = len(self.token_ids)
@@ -177,93 +225,29 @@ class Request:
                 (n - 1) / decode if n > 1 and decode > 0 else 0.0,
             ),
             logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
-class PageBudget:
-    """Pages of a session that no running request may come to need; shared by the calls that run at the same time."""
-
-    def __init__(self, n_page: int) -> None:
-        self.n_page = self.free = n_page
-        self._lock = threading.Lock()
-
-    def take(self, n: int) -> bool:
-        with self._lock:
-            if n > self.free:
-                return False
-            self.free -= n
-            return True
-
-    def give(self, n: int) -> None:
-        with self._lock:
-            self.free += n
+def fresh_seed() -> int:
+    return int.from_bytes(os.urandom(7), "little")
 
 
-def run(session: Session, requests: Sequence[Request], budget: PageBudget) -> Iterator[tuple[int, str]]:
-    """Yields (index of the request, new text) as text becomes certain, until all requests are done.
-
-    A request joins when the pages it may come to need are free, so a running one never fails for lack of them.
-    """
-    waiting = deque(range(len(requests)))
-    active: list[int] = []
-    try:
-        while waiting or active:
-            fresh: list[int] = []
-            while waiting and _join(session, requests[waiting[0]], budget):
-                fresh.append(waiting.popleft())
-            order = active = fresh + active
-            if not order:
-                raise OutOfPagesError(
-                    f"the request may need {requests[waiting[0]].pages} KV pages, {budget.free} of {budget.n_page} are not spoken for: "
-                    "give max_tokens, or wait until other calls on this model are done"
-                )
-            entries = [
-                Entry(r.seq, r.prompt[r.n_cached :] if i in fresh else r.token_ids[-1:], r.sampler) for i in order for r in [requests[i]]
-            ]
-            n_top = max((requests[i].params.logprobs or 0 for i in order), default=0)
-            result = session.step(entries, logprobs=any(requests[i].logprobs is not None for i in order), n_top=n_top)
-            for row, index in enumerate(order):
-                request = requests[index]
-                _record(request, result, row)
-                piece = request.take(result.sampled[row])
-                if request.finish_reason:
-                    _leave(session, request, budget)
-                if piece or request.finish_reason:
-                    yield index, piece
-            active = [i for i in order if not requests[i].finish_reason]
-    finally:
-        for request in requests:
-            if request.seq:
-                _leave(session, request, budget)
+def likeliest(logits: FloatArray, k: int, normalizer: float) -> Top:
+    """The k largest of logits [n_vocab], each less the normalizer; of equal ones the lower id first."""
+    if k == 0:
+        return []
+    ids = np.sort(np.argpartition(-logits, k - 1)[:k])
+    ids = ids[np.argsort(-logits[ids], kind="stable")]
+    return [(int(i), float(logits[i]) - normalizer) for i in ids]
 
 
-def _join(session: Session, request: Request, budget: PageBudget) -> bool:
-    """Gives the request a sequence, if its pages are free; those of a kept sequence are already spoken for."""
-    kept = request.kept
-    if not budget.take(request.pages - (kept.pages if kept else 0)):
-        return False
-    try:
-        request.seq, request.n_cached = kept.take(request.prompt) if kept else (session.create_sequence(), 0)
-    except BaseException:
-        budget.give(request.pages)
-        raise
-    return True
-
-
-def _leave(session: Session, request: Request, budget: PageBudget) -> None:
-    seq, request.seq = request.seq, 0
-    if request.kept:
-        request.kept.put(seq, [*request.prompt, *request.token_ids])
-    else:
-        session.free_sequence(seq)
-    budget.give(request.pages - (request.kept.pages if request.kept else 0))
-
-
-def _record(request: Request, result: StepResult, row: int) -> None:
-    if request.logprobs is None or result.logprobs is None:
-        return
-    top: list[tuple[int, float]] = []
-    if result.top_ids is not None and result.top_logprobs is not None:
-        k = request.params.logprobs or 0
-        top = list(zip(result.top_ids[row, :k].tolist(), result.top_logprobs[row, :k].tolist(), strict=True))
-    request.record(result.sampled[row], float(result.logprobs[row]), top)
+def _changed(result: Any, row: FloatArray) -> FloatArray:
+    """The logits that a processor returned, checked; None: it has changed `row` in place."""
+    changed = row if result is None else np.asarray(result, dtype=np.float32)
+    if changed.shape != row.shape:
+        raise InvalidArgumentError(f"a logits processor returned an array of shape {changed.shape}, expected {row.shape}")
+    best = float(changed.max())
+    if not np.isfinite(best):
+        raise InvalidArgumentError(f"after a logits processor the largest logit is {best}, expected a number: some token must be allowed")
+    return changed

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -16,18 +17,27 @@ from . import catalog, download, env
 from ._abi import PAGE_TOKENS
 from ._lib import devices
 from .attention import Attention
+from .batch import Call, pages_for
 from .chat import ChatTemplate
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import ModelConfig
-from .errors import ContextLengthError, DeviceError, InvalidArgumentError, OutOfMemoryError, OutOfPagesError, UnsupportedModelError
-from .generate import Completion, PageBudget, Request, run
-from .kept import KeptSequence
+from .engine import MAX_QUEUE, Engine
+from .errors import ContextLengthError, DeviceError, InvalidArgumentError, OutOfMemoryError, UnsupportedModelError
+from .generate import Completion, Request, fresh_seed
 from .sampling import SamplingParams
 from .session import DTYPES, Entry, FloatArray, Session, Weights
+from .stream import AsyncStream, Stream, finished
 from .tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from .constraint import Constraint, Grammars
+
 Prompt = str | Sequence[int]
+Completions = Completion | list[Completion] | list[list[Completion]]
 _KEEP_FREE = 1 << 30  # bytes of memory that sizing by default leaves to others
+# Rows of prompts in steps that also decode. On a CPU 128 are read as fast as 512 (274 and 246 tok/s; 64: 183; SmolLM2-135M, 2 busy cores,
+# beside 4 decoding rows), in steps of a quarter of the time. On a GPU half of a full chunk, not measured.
+_MIXED_ROWS = {"cpu": 128, "cuda": 512}
 _POOL_SEQUENCES = 8  # sequences of full length that the page pool holds, memory permitting
 
 
@@ -40,12 +50,16 @@ class Model:
     max_context: most tokens of one sequence, prompt included; None: the model's own, or what fits the memory with 1 GiB left.
     attention: how decoded tokens attend (prompts are always dense): "full"; "tactic", to the clusters of keys that reach a share p of the
         softmax mass (arXiv 2502.12216); with options "tactic:p=0.75" or {"policy": "tactic", "p": 0.75, ...}. See set_attention.
+    prefix_cache: tokens. While the KV cache holds no more than that, what was read and generated stays in it for later prompts that begin
+        alike; then the least recently used goes. 0: nothing stays. None: two full contexts on a CPU, where memory is only taken as it is
+        used, and the whole KV cache on a GPU.
     threads: CPU threads; None: PYRUNTIME_THREADS, else one per physical core. Without effect on a GPU.
     progress: show download, loading and the reading of long prompts on stderr.  offline: use only what is on disk.
 
     Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, DeviceError, OutOfMemoryError, InvalidArgumentError.
-    Use it as a context manager, or call close(), to free its memory at once. Threads may share it: their steps
-    take turns, and a call reserves the pages it may come to need (8 sequences of full length fit, memory permitting; then OutOfPagesError).
+    Use it as a context manager, or call close(), to free its memory at once. Threads and coroutines may share it: every step of the model
+    serves all calls that are in progress, and where the KV cache is too small for them (8 sequences of full length fit, memory
+    permitting), the youngest wait. max_queue: calls that may wait to begin; one more raises QueueFullError.
     """
 
     def __init__(
@@ -57,15 +71,23 @@ class Model:
         max_context: int | None = None,
         attention: str | Mapping[str, Any] | Attention = "full",
         threads: int | None = None,
+        prefix_cache: int | None = None,
+        max_queue: int = MAX_QUEUE,
         progress: bool = False,
         offline: bool = False,
     ) -> None:
         self.attention = Attention.parse(attention)
         if dtype not in ("auto", *DTYPES):
             raise InvalidArgumentError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, DTYPES))}")
-        for what, value, most in (("max_context", max_context, 2**31 - 1), ("threads", threads, 1024)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
-                raise InvalidArgumentError(f"{what} is {value!r}, expected an integer from 1 to {most}")
+        many = 2**31 - 1
+        for what, value, least, most in (
+            ("max_context", max_context, 1, many),
+            ("threads", threads, 1, 1024),
+            ("prefix_cache", prefix_cache, 0, many),
+            ("max_queue", max_queue, 1, many),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
+                raise InvalidArgumentError(f"{what} is {value!r}, expected an integer from {least} to {most}")
         self.device = _pick_device(device)
         source = catalog.resolve(name if isinstance(name, (str, Path)) or not isinstance(name, os.PathLike) else os.fspath(name))
         if source.note:
@@ -92,19 +114,26 @@ class Model:
         checkpoint.close()
         self.max_context, n_page = self._size(max_context)
         self._session = Session(self._weights, max_context=self.max_context, n_page=n_page, threads=threads, cpu_isa=env.cpu_isa())
-        self._budget = PageBudget(n_page)
+        self._engine = Engine(
+            self._session,
+            mixed_rows=_MIXED_ROWS["cpu" if self.device == "cpu" else "cuda"],
+            max_queue=max_queue,
+            prefix_pages=self._prefix_pages(prefix_cache, n_page),
+        )
+        self._grammars: Grammars | None = None
         try:
             self.set_attention(self.attention)
         except BaseException:
             self.close()
             raise
         if progress and sys.stderr.isatty():
-            self._session.on_progress = _prefill_line
+            self._session.on_progress = self._engine.on_progress = _prefill_line
 
     def _size(self, max_context: int | None) -> tuple[int, int]:
-        """(max_context, pages of the pool) that fit the free memory with 1 GiB left."""
+        """(max_context, pages of the pool) that fit the free memory with 1 GiB left, the index of sparse attention included."""
         c = self.config
         page_bytes = 2 * c.n_layer * c.h_kv * c.d_head * PAGE_TOKENS * (4 if self.dtype == "f32" else 2)
+        page_bytes += self._weights.attention_page_bytes(self.attention)
         free = next(d.memory_free for d in devices() if d.id.decode() == self.device)
         fit = max(0, free - _KEEP_FREE) // page_bytes
         wanted = -(-(max_context or c.context_length) // PAGE_TOKENS)
@@ -115,6 +144,11 @@ class Model:
             )
         context = max_context or min(c.context_length, fit * PAGE_TOKENS)
         return context, min(fit, _POOL_SEQUENCES * -(-context // PAGE_TOKENS))
+
+    def _prefix_pages(self, prefix_cache: int | None, n_page: int) -> int:
+        if prefix_cache is not None:
+            return min(prefix_cache // PAGE_TOKENS, n_page)
+        return n_page if self.device != "cpu" else min(n_page, 2 * pages_for(self.max_context))
 
     # -- text and tokens
 
@@ -142,49 +176,71 @@ class Model:
     # -- generation
 
     @overload
-    def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Any) -> Completion: ...
+    def generate(self, prompt: Prompt, *, stream: Literal[False] = False, n: None = None, **options: Any) -> Completion: ...
     @overload
     def generate(self, prompt: list[str] | list[list[int]], *, stream: Literal[False] = False, **options: Any) -> list[Completion]: ...
+    @overload
+    def generate(self, prompt: Prompt, *, stream: Literal[False] = False, n: int, **options: Any) -> list[Completion]: ...
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Stream: ...
 
     def generate(
-        self, prompt: Any, *, stream: bool = False, kept: KeptSequence | None = None, **options: Any
-    ) -> Completion | list[Completion] | Stream:
-        """Continues a prompt (text or token ids), or a list of prompts as one batch.
+        self,
+        prompt: Any,
+        *,
+        stream: bool = False,
+        cancel: threading.Event | None = None,
+        **options: Any,
+    ) -> Completions | Stream:
+        """Continues a prompt (text or token ids), or a list of prompts as one batch. From several threads at once, too.
 
         stream: return an iterator of text increments (see Stream) instead of a Completion.
-        kept: from keep(); only the tokens after what this prompt shares with the last one are read. The result is the same.
-        options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p, seed, stop, logprobs, ...), over the defaults
-        of the model's generation_config. Without max_tokens it goes on until the end token or until the context is full.
+        cancel: once this event is set, from any thread, the call returns what was made, with finish_reason "abort".
+        options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p, seed, stop, logprobs, n, ...), over the
+        defaults of the model's generation_config. Without max_tokens it goes on until the end token or until the context is full. With n,
+        there is a list of n Completions in place of each.
 
-        Raises ContextLengthError when a prompt does not fit, InvalidArgumentError for anything wrong with the arguments.
+        Raises ContextLengthError when a prompt does not fit, QueueFullError when too many calls wait already, InvalidArgumentError for
+        anything wrong with the arguments.
         """
-        is_list = isinstance(prompt, (list, tuple)) and (not prompt or not _is_id(prompt[0]))
-        params = SamplingParams.from_options(self.generation_config, options)
-        for token in (*params.stop_token_ids, *params.logit_bias):
-            if token >= self.config.n_vocab:
-                raise InvalidArgumentError(
-                    f"stop_token_ids or logit_bias names token {token}, which is outside the vocabulary of {self.config.n_vocab}"
-                )
-        if (params.logprobs or 0) > self.config.n_vocab:
-            raise InvalidArgumentError(f"logprobs is {params.logprobs}, more than the vocabulary of {self.config.n_vocab}")
-        if is_list and stream:
-            raise InvalidArgumentError("stream=True takes one prompt, not a list")
-        if is_list and kept is not None:
-            raise InvalidArgumentError("kept takes one prompt, not a list")
-        if kept is not None and kept.session is not self._session:
-            raise InvalidArgumentError("kept belongs to another model: take one from keep() of this model")
-        prompts = [self._prompt_ids(p) for p in (prompt if is_list else [prompt])]
-        requests = [self._request(ids, params, kept) for ids in prompts]
+        self._check_open()
+        prompts, shape = self._requests(prompt, options, stream)
         if stream:
-            return Stream(self._open_session(), requests[0], self._budget)
-        for _ in run(self._open_session(), requests, self._budget):
-            pass
-        done = [r.completion() for r in requests]
-        return done if is_list else done[0]
+            return Stream(self._engine, prompts[0], cancel=cancel)
+        call = Call(prompts, cancelled=cancel)
+        self._engine.submit(call)
+        try:
+            self._engine.wait(call)
+        finally:
+            self._engine.cancel(call)
+        return shape(prompts)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any) -> Completion | Stream:
+    @overload
+    async def agenerate(self, prompt: Prompt, *, stream: Literal[False] = False, n: None = None, **options: Any) -> Completion: ...
+    @overload
+    async def agenerate(
+        self, prompt: list[str] | list[list[int]], *, stream: Literal[False] = False, **options: Any
+    ) -> list[Completion]: ...
+    @overload
+    async def agenerate(self, prompt: Prompt, *, stream: Literal[False] = False, n: int, **options: Any) -> list[Completion]: ...
+    @overload
+    async def agenerate(self, prompt: Prompt, *, stream: Literal[True], **options: Any) -> AsyncStream: ...
+
+    async def agenerate(
+        self, prompt: Any, *, stream: bool = False, cancel: threading.Event | None = None, **options: Any
+    ) -> Completions | AsyncStream:
+        """generate for asyncio: `await model.agenerate(...)`, or `async for piece in await model.agenerate(..., stream=True)`.
+
+        Cancelling the task ends the generation.
+        """
+        self._check_open()
+        prompts, shape = self._requests(prompt, options, stream)
+        if stream:
+            return AsyncStream(self._engine, prompts[0], cancel=cancel)
+        await finished(self._engine, prompts, cancel=cancel)
+        return shape(prompts)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any) -> Any:
         """Answers a conversation [{"role": "user", "content": "..."}] through the model's chat template; options as in generate.
 
         Control tokens spelled out in a message stay text: a user cannot end their turn with "<|im_end|>".
@@ -192,9 +248,18 @@ class Model:
         ids = self.chat_ids(messages)
         return self.generate(ids, stream=True, **options) if stream else self.generate(ids, **options)
 
-    def keep(self) -> KeptSequence:
-        """A place in the KV cache for the prompts of one conversation, each of which goes on from the last; close() gives it back."""
-        return KeptSequence(self._open_session(), self._budget)
+    async def achat(self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any) -> Any:
+        """chat for asyncio, as agenerate is generate."""
+        ids = self.chat_ids(messages)
+        return await (self.agenerate(ids, stream=True, **options) if stream else self.agenerate(ids, **options))
+
+    def n_cached(self, ids: Sequence[int]) -> int:
+        """How many first tokens of a prompt are in the KV cache now, from earlier calls, and need not be read again."""
+        return self._engine.n_cached(list(ids))
+
+    def clear_cache(self) -> None:
+        """Gives up all pages that are kept for later prompts."""
+        self._engine.clear_prefixes()
 
     # -- scoring
 
@@ -237,17 +302,21 @@ class Model:
         Options of "tactic": p (share of the softmax mass to reach, 0.9), cluster (mean keys of a cluster, 16), segment (keys clustered
         together, 2048; 0: all at once, as published), iterations (of K-means, at most), estimator ("moment", or "fit" as published), tail
         (what was not selected counts by its mean), sinks and window (first and last rows that are always attended to), min_context (dense
-        below), dense_layers (first layers that stay dense), seed, measure (stats() then has the true mass; as slow as dense attention).
-        Raises InvalidArgumentError or UnsupportedModelError, and nothing has changed.
+        below), dense_layers (first layers that stay dense), seed, measure (stats() then has the true mass; as slow as dense attention),
+        selected (for benchmarks: the share of the rows that each query head chooses, whatever their mass).
+        Raises InvalidArgumentError, UnsupportedModelError, or OutOfMemoryError where the page pool left no room for the index of "tactic"
+        (a model that is opened with it does leave that room); nothing has changed then.
         """
         parsed = Attention.parse(attention)
-        self._open_session().set_attention(parsed)
+        self._check_open()
+        self._engine.set_attention(parsed)
         self.attention = parsed
 
     def stats(self) -> dict[str, Any]:
         """Pages, memory and token counters of this model's session; sizes in bytes, times in seconds. With a sparse policy also "sparsity":
         density after the union over query heads (all, by layer, by layer and kv head), share of rows read, estimated and true mass."""
-        session = self._open_session().stats()
+        self._check_open()
+        engine, session = self._engine.stats(), self._session.stats()
         rate = {
             f"{kind}_tok_s": session[f"n_{kind}_token"] / session[f"{kind}_seconds"] if session[f"{kind}_seconds"] else 0.0
             for kind in ("prefill", "decode")
@@ -262,7 +331,7 @@ class Model:
             from .evaluate import sparsity
 
             result["sparsity"] = sparsity(self._session, self.config.n_layer, self.config.h_kv)
-        return {**result, **session, **rate}
+        return {**result, **engine, **session, **rate}
 
     def close(self) -> None:
         """Frees weights and KV cache. Harmless when called twice."""
@@ -278,36 +347,79 @@ class Model:
     def __repr__(self) -> str:
         return f"<pyruntime.Model {self.name} on {self.device}, {self.dtype}, max_context {self.max_context}>"
 
-    def _open_session(self) -> Session:
+    def _check_open(self) -> None:
         if not self._session.handle:
             raise InvalidArgumentError(f"the model {self.name} is closed")
+
+    def _open_session(self) -> Session:
+        """The session, for sequences of one's own: what is kept for later prompts makes room for them."""
+        self._check_open()
+        self._engine.clear_prefixes()
         return self._session
 
     def _step(self, tokens: Any, **wanted: Any) -> Any:
-        session = self._open_session()
-        pages = -(-len(tokens) // PAGE_TOKENS)
-        if not self._budget.take(pages):
-            raise OutOfPagesError(f"{pages} KV pages are needed, {self._budget.free} are not spoken for: wait until other calls are done")
-        try:
+        self._check_open()
+        with self._engine.borrow(pages_for(len(tokens))) as session:
             seq = session.create_sequence()
             try:
                 return session.step([Entry(seq, tokens)], **wanted)
             finally:
                 session.free_sequence(seq)
-        finally:
-            self._budget.give(pages)
 
-    def _request(self, ids: list[int], params: SamplingParams, kept: KeptSequence | None = None) -> Request:
+    def _requests(
+        self, prompt: Any, options: Mapping[str, Any], stream: bool
+    ) -> tuple[list[list[Request]], Callable[[list[list[Request]]], Completions]]:
+        """The requests of a call, the samples of each prompt together, and what makes its result of them."""
+        is_list = isinstance(prompt, (list, tuple)) and (not prompt or not _is_id(prompt[0]))
+        params = SamplingParams.from_options(self.generation_config, options)
+        n_vocab = self.config.n_vocab
+        for token in (*params.stop_token_ids, *params.logit_bias):
+            if token >= n_vocab:
+                raise InvalidArgumentError(
+                    f"stop_token_ids or logit_bias names token {token}, which is outside the vocabulary of {n_vocab}"
+                )
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > n_vocab:
+                raise InvalidArgumentError(f"{name} is {getattr(params, name)}, more than the vocabulary of {n_vocab}")
+        if is_list and stream:
+            raise InvalidArgumentError("stream=True takes one prompt, not a list")
+        seed = fresh_seed() if params.seed is None else params.seed
+        n = params.n or 1
+        prompts = []
+        for p in prompt if is_list else [prompt]:
+            ids = self._prompt_ids(p)
+            prompts.append([self._request(ids, params, (seed + i) % 2**64) for i in range(n)])
+            seed = fresh_seed() if params.seed is None else seed
+
+        def shape(made: list[list[Request]]) -> Completions:
+            done = [[r.completion() for r in samples] for samples in made]
+            if params.n is None:
+                return [samples[0] for samples in done] if is_list else done[0][0]
+            return done if is_list else done[0]
+
+        return prompts, shape
+
+    def _request(self, ids: list[int], params: SamplingParams, seed: int | None = None) -> Request:
         return Request(
             ids,
             params,
             self.tokenizer,
+            seed=seed,
             eos_ids=self.eos_ids,
             n_vocab=self.config.n_vocab,
             max_context=self.max_context,
             longest_context=self.config.context_length,
-            kept=kept,
+            constraint=self._constraint(params),
         )
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.json_schema is None and params.regex is None and params.grammar is None:
+            return None
+        if self._grammars is None:
+            from .constraint import Grammars
+
+            self._grammars = Grammars(self.tokenizer, n_vocab=self.config.n_vocab, eos_ids=self.eos_ids)
+        return self._grammars.constraint(params)
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
         ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked(prompt, "prompt")
@@ -329,34 +441,6 @@ class Model:
             if not _is_id(token) or not 0 <= token < self.config.n_vocab:
                 raise InvalidArgumentError(f"{what}[{i}] is {token!r}, expected a token id from 0 to {self.config.n_vocab - 1}")
         return [int(t) for t in ids]
-
-
-class Stream:
-    """Iterator over the text increments of one generation; `completion` holds what was made so far, also after a break or Ctrl-C.
-
-    Increments never hold half a character and never a part of a stop string.
-    """
-
-    def __init__(self, session: Session, request: Request, budget: PageBudget) -> None:
-        self._request = request
-        self._pieces = run(session, [request], budget)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        for _, piece in self._pieces:
-            if piece:
-                return piece
-        raise StopIteration
-
-    def close(self) -> None:
-        """Stops generating and frees the pages; also happens when the object is dropped."""
-        self._pieces.close()  # type: ignore[attr-defined]
-
-    @property
-    def completion(self) -> Completion:
-        return self._request.completion()
 
 
 def _is_id(value: Any) -> bool:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from .session import FloatArray
+
+    LogitsProcessor = Callable[[list[int], FloatArray], FloatArray | None]
+
+_CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,12 @@ class SamplingParams:
     min_tokens: no end or stop token before that many.  ignore_eos: go on past the end token.
     logit_bias: {token id: value added to its logit}, -inf forbids it.
     logprobs: None for none, 0 for those of the chosen tokens, k for the k most likely ones too.
+    prompt_logprobs: the same for the tokens of the prompt, each given those before it; the first has none.
+    n: that many samples of the prompt, which is read once; sample i is drawn with seed + i. None: one, and no list around it.
+    logits_processors: functions f(token ids so far, logits float32 [n_vocab]) that change the logits in place or return others, before
+        everything above. They run in whichever thread does the step, and must not call the model.
+    json_schema, regex, grammar: the text is JSON that satisfies the schema (a dict or its JSON text; {} for any), matches the whole regular
+        expression, or follows the grammar (Lark, as llguidance reads it). At most one; needs `pip install 'pyruntime[grammar]'`.
     """
 
     max_tokens: int | None = None
@@ -39,6 +52,12 @@ class SamplingParams:
     ignore_eos: bool = False
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int | None = None
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -55,8 +74,18 @@ class SamplingParams:
         _integer("min_tokens", self.min_tokens, 0, 1 << 31)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidArgumentError(f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}")
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, 1024)
+        for name, low, high in (("logprobs", 0, 1024), ("prompt_logprobs", 0, 1024), ("n", 1, 128)):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), low, high)
+        for f in self.logits_processors:
+            if not callable(f):
+                raise InvalidArgumentError(f"logits_processors holds {f!r}, expected functions of (token ids, logits)")
+        given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InvalidArgumentError(f"{' and '.join(given)} are given: at most one of {', '.join(_CONSTRAINTS)} can be")
+        for name in given:
+            if not isinstance(getattr(self, name), (dict, str) if name == "json_schema" else str):
+                raise InvalidArgumentError(f"{name} is {type(getattr(self, name)).__name__}, expected text")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise InvalidArgumentError(f"stop holds {text!r}, expected strings of at least one character")
@@ -88,7 +117,7 @@ class SamplingParams:
             base["max_tokens"] = None
         if isinstance(given.get("stop"), str):
             given["stop"] = (given["stop"],)
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "logits_processors"):
             if name in given:
                 if not isinstance(given[name], Sequence):
                     raise InvalidArgumentError(f"{name} is {given[name]!r}, expected a list")
@@ -97,8 +126,9 @@ class SamplingParams:
             raise InvalidArgumentError(f"logit_bias is {given['logit_bias']!r}, expected {{token id: value}}")
         if "ignore_eos" in given and not isinstance(given["ignore_eos"], bool):
             raise InvalidArgumentError(f"ignore_eos is {given['ignore_eos']!r}, expected True or False")
-        if isinstance(given.get("logprobs"), bool):
-            given["logprobs"] = 0 if given["logprobs"] else None
+        for name in ("logprobs", "prompt_logprobs"):
+            if isinstance(given.get(name), bool):
+                given[name] = 0 if given[name] else None
         return cls(**{**base, **given})
 
 

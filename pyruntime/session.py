@@ -140,6 +140,12 @@ class Weights(_Handle):
             rows = np.ascontiguousarray(tensor.read(begin, min(n_row, begin + step)), dtype=np.float32)
             check(lib().prt_model_load_rows(self.handle, name.encode(), begin, len(rows), rows.ctypes.data, _abi.PRT_F32))
 
+    def attention_page_bytes(self, attention: Attention) -> int:
+        """What a policy keeps for each KV page."""
+        n = ctypes.c_int64()
+        check(lib().prt_attention_page_bytes(self.handle, ctypes.byref(attention.struct), ctypes.byref(n)))
+        return n.value
+
     @property
     def nbytes(self) -> int:
         value = ctypes.c_int64()
@@ -188,11 +194,14 @@ class Sampler(_Handle):
 
 @dataclass(slots=True)
 class Entry:
-    """What one sequence contributes to a step. sampler: draw a token after the last one."""
+    """What one sequence contributes to a step. sampler: draw a token after the last one. n_logits: of that many last rows the logits are
+    wanted. targets: one token per row, to be scored after it; -1 for none."""
 
     seq: int
     tokens: Sequence[int] | Int32Array
     sampler: Sampler | None = None
+    n_logits: int = 0
+    targets: Sequence[int] | Int32Array | None = None
 
 
 @dataclass(slots=True)
@@ -229,6 +238,8 @@ class Session(_Handle):
         self._lock = threading.Lock()  # held by every call: nothing runs on a session that close() has released
         self._stop = threading.Event()
         self._error: BaseException | None = None
+        self._asked: Callable[[], bool] | None = None
+        self._deferring = 0  # thread that is inside deferring()
         # Kept alive with the session, and not keeping it alive: a dropped session is freed at once, not when the collector runs.
         this = weakref.proxy(self)
         self._callbacks = (
@@ -300,10 +311,12 @@ class Session(_Handle):
         targets: Int32Array | None = None,
         logprobs: bool = False,
         n_top: int = 0,
+        stop: Callable[[], bool] | None = None,
     ) -> StepResult:
-        """One forward pass. logits: "none", "last" (one row per entry) or "all". targets [n_tok]: score these tokens, -1 for none.
-        On an error no sequence has changed. Ctrl-C and abort() stop it; Ctrl-C then raises KeyboardInterrupt. A sampler whose token was
-        drawn before the error remembers it."""
+        """One forward pass. logits: "last" (one row per entry) or "all", targets [n_tok]: instead of what the entries say.
+        stop: asked every 20 ms or so, from C code; True ends the step with AbortedError, and so does abort().
+        On an error no sequence has changed. Ctrl-C stops the step too, and raises KeyboardInterrupt. A sampler whose token was drawn before
+        that remembers it."""
         n_seq = len(entries)
         counts = np.array([len(e.tokens) for e in entries], dtype=np.int32)
         tokens = _int32([t for e in entries for t in e.tokens] if n_seq != 1 else entries[0].tokens, "tokens")
@@ -311,11 +324,16 @@ class Session(_Handle):
         batch = _abi.prt_batch(
             n_seq=n_seq, seq=(ctypes.c_int64 * n_seq)(*[e.seq for e in entries]), n_token=_pointer(counts), tokens=_pointer(tokens)
         )
-        if logits != "none":
+        n_logits = [e.n_logits if logits == "none" else 1 if logits == "last" else len(e.tokens) for e in entries]
+        if any(n_logits):
             mask = np.zeros(len(tokens), dtype=np.uint8)
-            mask[np.cumsum(counts) - 1 if logits == "last" else slice(None)] = 1
-            result.logits = np.empty((int(mask.sum()), self.n_vocab), dtype=np.float32)
+            for end, n in zip(np.cumsum(counts), n_logits, strict=True):
+                mask[end - n : end] = 1
+            result.logits = np.empty((sum(n_logits), self.n_vocab), dtype=np.float32)
             batch.logits_mask, batch.logits = _pointer(mask), _pointer(result.logits)
+        if targets is None and any(e.targets is not None for e in entries):
+            none = np.full(int(counts.max()), -1, dtype=np.int32)
+            targets = np.concatenate([none[:n] if e.targets is None else e.targets for e, n in zip(entries, counts, strict=True)])
         if targets is not None:
             targets = _int32(targets, "targets")
             if len(targets) != len(tokens):
@@ -334,9 +352,15 @@ class Session(_Handle):
                 result.top_logprobs = np.empty((n_seq, n_top), dtype=np.float32)
                 batch.n_top, batch.top_ids, batch.top_logprobs = n_top, _pointer(result.top_ids), _pointer(result.top_logprobs)
         with self._open():
-            with self._interruptible():
-                status = lib().prt_session_step(self.handle, ctypes.byref(batch))
-            error, self._error = self._error, None
+            self._asked = stop
+            try:
+                with self._interruptible():
+                    status = lib().prt_session_step(self.handle, ctypes.byref(batch))
+            finally:
+                self._asked = None
+            error = None
+            if self._deferring != threading.get_ident():
+                error, self._error = self._error, None
             if error is not None:
                 if status == _abi.PRT_OK:  # it came when the step was past its last poll
                     for e in entries:
@@ -373,8 +397,35 @@ class Session(_Handle):
         result = {name: getattr(stats, name) for name, *_ in stats._fields_ if name not in ("struct_size", "reserved")}
         return {**result, "histogram": list(stats.histogram)}
 
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """In this block Ctrl-C, and whatever else a signal handler or on_progress raises, ends the step that it comes in, if it can, and is
+        raised at the end of the block: what is written down about a step in between is never cut short."""
+        error: BaseException | None = None
+        try:
+            with self._interruptible():
+                self._deferring = threading.get_ident()
+                try:
+                    yield
+                finally:
+                    self._deferring = 0
+        finally:
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is in progress, in whatever thread."""
+        return self._lock.locked()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether deferring() will raise."""
+        return self._error is not None
+
     def _poll(self, _user: Any) -> int:
-        return int(self._stop.is_set() or self._error is not None)
+        return int(self._stop.is_set() or self._error is not None or (self._asked is not None and self._asked()))
 
     def _progress(self, _user: Any, done: int, total: int) -> None:
         if self.on_progress:
@@ -387,6 +438,9 @@ class Session(_Handle):
     def _interruptible(self) -> Iterator[None]:
         """While C code runs, what a signal handler raises (Ctrl-C's KeyboardInterrupt, a SystemExit) can't cross it: it is kept, stops the
         step through the abort callback, and is raised again afterwards."""
+        if self._deferring == threading.get_ident():  # around several steps already
+            yield
+            return
         running = threading.current_thread() is threading.main_thread()
         replaced: list[tuple[signal.Signals, Any, Any]] = []
 

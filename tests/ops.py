@@ -1,6 +1,6 @@
 """prt_op_run on numpy arrays, and the numpy side of the storage formats.
 
-A numpy type stands for a prt_dtype: float32, float16 and int32 for themselves, uint16 for bf16 (numpy has none).
+A numpy type stands for a prt_dtype: float32, float16, int32 and int64 for themselves; uint16 for bf16 and uint8 for e4m3, which it has not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 GPU = "cuda:0"
 WIDTH = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16, "amx": 16}  # floats in a vector register
 _NUMPY = {"bf16": np.uint16, "f16": np.float16, "f32": np.float32}
-_PRT = {"uint16": _abi.PRT_BF16, "float16": _abi.PRT_F16, "float32": _abi.PRT_F32, "int32": _abi.PRT_I32}
+_PRT = {
+    "float32": _abi.PRT_F32, "float16": _abi.PRT_F16, "uint16": _abi.PRT_BF16, "uint8": _abi.PRT_F8,
+    "int32": _abi.PRT_I32, "int64": _abi.PRT_I64,
+}  # fmt: skip
+F8 = np.array([(-1) ** (b >> 7) * (b & 7 | 8 * (b & 120 > 0)) * 2.0 ** (max(b >> 3 & 15, 1) - 10) for b in range(256)])  # e4m3
+F8[[127, 255]] = np.nan
 ROUNDOFF = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 2.0**-24}  # largest relative error of rounding to nearest, p bits: 2^-p
 TINY = {"bf16": 2.0**-134, "f16": 2.0**-25, "f32": 2.0**-150}  # half the smallest subnormal: the error where relative error has no meaning
 
@@ -98,6 +103,8 @@ def store(x: Array, dtype: str) -> Array:
 
 def value(x: Array) -> NDArray[np.float64]:
     """Storage format -> float64, exactly."""
+    if x.dtype == np.uint8:
+        return F8[x]
     if x.dtype == np.uint16:
         return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return x.astype(np.float64)

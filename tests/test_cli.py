@@ -120,6 +120,26 @@ def test_every_sampling_option(tiny: str, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == expected.text + "\n"
 
 
+def test_output_of_a_form(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the command line or from a file; what is wrong with it is said in one line."""
+    pytest.importorskip("llguidance")
+    pattern = tmp_path / "pattern.txt"
+    pattern.write_text("(red|green) [0-9]{2}", encoding="utf-8")
+    for options in (
+        ["--regex", "(red|green) [0-9]{2}"],
+        ["--regex", f"@{pattern}"],
+        ["--grammar", 'start: ("red" | "green") " " /[0-9]{2}/'],
+    ):
+        assert main(["run", tiny, "Hello", "-q", "--temperature", "0", *options]) == 0
+        out = capsys.readouterr().out
+        assert out[:-4] in ("red", "green") and out[-3:-1].isdigit()
+    assert main(["run", tiny, "Hello", "-q", "--json-schema", '{"enum": [12, 34]}', "--min-tokens", "1"]) == 0
+    assert capsys.readouterr().out in ("12\n", "34\n")
+    for wrong, part in ((["--json-schema", "{"], "json_schema is not JSON"), (["--regex", f"@{tmp_path}/none"], "cannot be read")):
+        assert main(["run", tiny, "Hello", "-q", *wrong]) == 2
+        assert_one_line(capsys.readouterr().err, part)
+
+
 def test_system_message(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", tiny, "Hello", "--chat", "--system", "Be brief.", "-q", "--temperature", "0", "--max-tokens", "12"]) == 0
     with pyruntime.Model(tiny, threads=1) as model:

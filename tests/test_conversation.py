@@ -13,8 +13,7 @@ from tiny import write_tiny_model
 
 import pyruntime
 from pyruntime.conversation import Conversation, read_conversation
-from pyruntime.errors import ContextLengthError, InvalidArgumentError, OutOfPagesError, UnsupportedModelError
-from pyruntime.kept import common_prefix
+from pyruntime.errors import ContextLengthError, InvalidArgumentError, UnsupportedModelError
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +32,14 @@ def the_pool_is_left_empty(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for name in {"smollm2", "tiny"}.intersection(request.fixturenames):
         model = request.getfixturevalue(name)
+        model.clear_cache()
         stats = model.stats()
-        assert (stats["n_sequence"], stats["n_page_free"], model._budget.free) == (0, stats["n_page"], stats["n_page"])
+        assert (stats["n_sequence"], stats["n_page_free"]) == (0, stats["n_page"])
 
 
 @pytest.fixture
 def talk(tiny: pyruntime.Model) -> Iterator[Conversation]:
-    conversation = Conversation(tiny, temperature=0, max_tokens=12, ignore_eos=True)
-    yield conversation
-    conversation.close()
+    yield Conversation(tiny, temperature=0, max_tokens=12, ignore_eos=True)
 
 
 def n_read(model: pyruntime.Model) -> int:
@@ -57,30 +55,6 @@ def said(conversation: Conversation) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- what is read
 
 
-@pytest.mark.parametrize(("a", "b", "n"), [([], [], 0), ([1, 2], [], 0), ([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([5], [6], 0)])
-def test_common_prefix(a: list[int], b: list[int], n: int) -> None:
-    assert common_prefix(a, b) == n == common_prefix(b, a)
-
-
-@pytest.mark.parametrize("n_token", [1, 63, 64, 65, 130])
-def test_kept_reads_the_difference_and_answers_the_same(tiny: pyruntime.Model, n_token: int) -> None:
-    """Prompts that go on from, branch off from, repeat and shorten the last one; page borders included."""
-    base = [4 + i % 90 for i in range(n_token)]
-    with tiny.keep() as kept:
-        held: list[int] = []
-        for prompt in (base, [*base, 7, 8, 9], [*base, 7, 50, 51], [*base, 7, 50, 51], base, [9, *base], [9, *base][: n_token // 2 + 1]):
-            before = n_read(tiny)
-            done = tiny.generate(prompt, kept=kept, temperature=0, max_tokens=5, ignore_eos=True)
-            shared = common_prefix(held, prompt[:-1])
-            assert done.usage.cached_tokens == shared and done.usage.prompt_tokens == len(prompt)
-            assert n_read(tiny) - before == len(prompt) - shared + 4
-            assert done.token_ids == tiny.generate(prompt, temperature=0, max_tokens=5, ignore_eos=True).token_ids
-            held = [*prompt, *done.token_ids[:-1]]
-            assert kept.tokens == held
-            assert tiny.stats()["n_page"] - tiny.stats()["n_page_free"] == kept.pages == -(-len(held) // 64)
-            assert tiny._budget.free == tiny.stats()["n_page_free"]
-
-
 def test_a_second_turn_reads_only_what_is_new(smollm2: pyruntime.Model) -> None:
     talk = Conversation(smollm2, system="You are a helpful assistant. " * 20, temperature=0, max_tokens=40)
     first = "".join(talk.turn("What is the capital of France?"))
@@ -91,45 +65,9 @@ def test_a_second_turn_reads_only_what_is_new(smollm2: pyruntime.Model) -> None:
     assert usage.cached_tokens == in_cache > 100
     assert n_read(smollm2) - before == usage.prompt_tokens - in_cache + usage.completion_tokens - 1
     assert usage.prompt_tokens - in_cache < 25
+    smollm2.clear_cache()
     alone = smollm2.chat(talk.messages[:-1], temperature=0, max_tokens=40)
     assert alone.text == talk.messages[-1]["content"] and alone.usage.cached_tokens == 0
-    talk.close()
-
-
-def test_kept_of_a_chat(tiny: pyruntime.Model) -> None:
-    messages = [{"role": "user", "content": "one"}]
-    with tiny.keep() as kept:
-        first = tiny.chat(messages, kept=kept, temperature=0, max_tokens=5)
-        again = tiny.chat(messages, kept=kept, temperature=0, max_tokens=5)
-        assert again.token_ids == first.token_ids and again.usage.cached_tokens == again.usage.prompt_tokens - 1
-        piece = tiny.chat(messages, kept=kept, stream=True, ignore_eos=True)
-        next(piece)
-        piece.close()  # the sequence comes back, to be gone on from
-        assert len(kept.tokens) >= first.usage.prompt_tokens
-
-
-def test_pages_of_a_conversation_count(folder: Path) -> None:
-    """What a conversation holds is not promised to others, and comes back with close()."""
-    with pyruntime.Model(folder, threads=1) as model:
-        held = [model.keep() for _ in range(8)]
-        for kept in held:
-            model.generate([5] * 500, kept=kept, max_tokens=12, ignore_eos=True)
-        with pytest.raises(OutOfPagesError):
-            model.generate([5] * 500, max_tokens=5)
-        assert model.generate([5] * 500, kept=held[3], max_tokens=12).usage.cached_tokens == 499
-        held[0].close()
-        held[0].close()
-        model.generate([5] * 500, max_tokens=5)
-    held[1].close()  # after its model
-
-
-def test_kept_is_of_one_model_and_one_prompt(tiny: pyruntime.Model, folder: Path) -> None:
-    with pyruntime.Model(folder, threads=1) as other, other.keep() as kept:
-        with pytest.raises(InvalidArgumentError, match="another model"):
-            tiny.generate("a", kept=kept)
-        with pytest.raises(InvalidArgumentError, match="one prompt"):
-            other.generate(["a", "b"], kept=kept)
-        other.generate("abc", kept=kept, max_tokens=2)
 
 
 # ---------------------------------------------------------------- turns
@@ -170,7 +108,6 @@ def test_seeds(tiny: pyruntime.Model) -> None:
     for _ in range(2):
         talk = Conversation(tiny, temperature=1.5, seed=3, max_tokens=20, ignore_eos=True)
         runs.append(["".join(talk.turn("one")), "".join(talk.retry()), "".join(talk.turn("two"))])
-        talk.close()
     assert runs[0] == runs[1] and runs[0][0] != runs[0][1]
     first = tiny.chat([{"role": "user", "content": "one"}], temperature=1.5, seed=3, max_tokens=20, ignore_eos=True)
     assert runs[0][0] == first.text
@@ -194,12 +131,14 @@ def test_stopped_before_the_first_word(talk: Conversation, tiny: pyruntime.Model
     def press(_done: int, _total: int) -> None:
         raise KeyboardInterrupt
 
+    tiny._engine.batch._max_rows = 16  # the question is many steps
     tiny._session.on_progress = press
     try:
         with pytest.raises(KeyboardInterrupt):
             "".join(talk.turn("two " * 40))
     finally:
         tiny._session.on_progress = None
+        tiny._engine.batch._max_rows = 512
     assert said(talk) == before
     "".join(talk.turn("two"))
     assert talk.last is not None and talk.last.usage.cached_tokens >= in_cache - 12
@@ -216,7 +155,6 @@ def test_too_long(tiny: pyruntime.Model) -> None:
         "".join(talk.turn("two"))
     assert talk.undo() == "one"
     "".join(talk.turn("x" * 300))
-    talk.close()
 
 
 def test_refused_at_the_start(tiny: pyruntime.Model, tmp_path: Path) -> None:
@@ -250,7 +188,6 @@ def test_save_and_load(talk: Conversation, tiny: pyruntime.Model, tmp_path: Path
     other = Conversation(tiny, temperature=0, max_tokens=12, ignore_eos=True)
     assert other.load(tmp_path / "c.json") == tiny.name and other.messages == talk.messages
     assert "".join(other.turn("on")) == "".join(talk.turn("on"))
-    other.close()
     talk.clear()
     talk.set_system(None)
     talk.save(tmp_path / "empty.json")

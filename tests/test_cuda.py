@@ -14,7 +14,9 @@ from test_families import FEW, golden, plain_error
 from tiny import GOLDENS, all_logits, golden_weights, write_tiny_model
 
 import pyruntime
+from pyruntime.attention import Attention
 from pyruntime.errors import AbortedError, DeviceError, OutOfMemoryError, OutOfPagesError
+from pyruntime.evaluate import evaluate
 from pyruntime.sampling import SamplingParams
 from pyruntime.session import Entry, Sampler, Session, Weights
 
@@ -72,7 +74,7 @@ def exact(folder: Path) -> Weights:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> Iterator[Session]:
     """The CPU."""
-    session = Session(golden_weights(folder), threads=2)
+    session = Session(golden_weights(folder), threads=2, max_context=1024)
     yield session
     session.close()
 
@@ -191,6 +193,108 @@ def test_the_same_bits_every_time(dtype: Any, tmp_path: Path) -> None:
     assert np.array_equal(runs[0], runs[1]) and np.array_equal(runs[0], runs[2])
 
 
+# ---------------------------------------------------------------- sparse attention: what a GPU adds to test_tactic.py
+
+
+def tactic(**options: Any) -> Attention:
+    return Attention("tactic", {"p": 1.0, "segment": 256, "window": 16, "min_context": 300, **options})
+
+
+def test_sparse_rows_in_a_graph(exact: Weights, expected: Session) -> None:
+    """Like test_decode_in_a_graph: one to five sequences, some of which become sparse while others are dense, beside a prompt now and then;
+    the same recording serves growing contexts and closed segments. With p = 1 everything is attended to, so dense logits are expected."""
+    session = Session(exact, n_page=96, max_context=1024)
+    session.set_attention(tactic())
+    lengths = (250, 290, 295, 310, 500)  # sparse from row 300 on; segments end at 320 + 256 i
+    texts = [prompt(n + 90, seed) for seed, n in enumerate(lengths)]
+    want = [all_logits(expected, ids) for ids in texts]
+    seqs = [session.create_sequence() for _ in texts]
+    for seq, ids, n in zip(seqs, texts, lengths, strict=True):
+        session.step([Entry(seq, ids[:n])])
+    other, more = session.create_sequence(), prompt(200, 9)
+    want_more = all_logits(expected, more)
+    for n in (1, 3, 5, 2, 5, 4):
+        for i in range(14):
+            at = [session.length(s) for s in seqs[:n]]
+            entries = [Entry(s, [ids[a]]) for s, ids, a in zip(seqs, texts, at, strict=False)]
+            if i == 7:
+                begin = session.length(other)
+                entries.insert(n // 2, Entry(other, more[begin : begin + 30]))
+            logits = logits_of(session.step(entries, logits="last"))
+            if i == 7:
+                assert_same(logits[n // 2], want_more[begin + 29])
+                logits = np.delete(logits, n // 2, 0)
+            assert_same(logits, np.stack([w[t] for w, t in zip(want, at, strict=False)]))
+    stats = session.attention_stats(layer=1, kv_head=0)
+    assert stats["n_step"] == sum(max(0, session.length(s) - max(299, n)) for s, n in zip(seqs, lengths, strict=True))
+    assert stats["n_context"] == sum(sum(range(max(300, n + 1), session.length(s) + 1)) for s, n in zip(seqs, lengths, strict=True))
+    assert stats["n_selected"] + stats["n_exact"] == stats["n_context"] and stats["n_selected"] > 0
+    assert session.stats()["n_clustered_token"] > 0 and session.stats()["index_bytes"] > 0
+
+
+def test_many_sparse_sequences(exact: Weights, expected: Session) -> None:
+    """More than are attended to at once (16) and than a graph takes (64), of different lengths, from shared pages."""
+    session = Session(exact, n_page=400, max_context=1024)
+    session.set_attention(tactic())
+    ids, first = prompt(900), session.create_sequence()
+    session.step([Entry(first, ids)])
+    session.step([Entry(first, [1])])
+    seqs = [session.fork(first) for _ in range(70)]
+    lengths = [901 if i % 3 == 0 else 310 + 7 * i for i in range(70)]
+    for s, n in zip(seqs, lengths, strict=True):
+        session.truncate(s, n)
+    for n in (70, 20, 20, 20):
+        logits = logits_of(session.step([Entry(s, [2]) for s in seqs[:n]], logits="last"))
+        for i in (0, 1, 15, 16, 17, 19, *((63, 64, 69) if n == 70 else ())):
+            text = np.append(ids, 1)[: lengths[i]]
+            assert_same(logits[i], all_logits(expected, np.append(text, [2] * (session.length(seqs[i]) - lengths[i])))[-1])
+
+
+def test_a_recording_dies_with_the_policy_it_was_made_for(exact: Weights) -> None:
+    session = Session(exact, n_page=64, max_context=1024)
+    seq = session.create_sequence()
+    session.step([Entry(seq, prompt(700))])
+    tails: dict[str, list[np.ndarray]] = {}
+    policies = {"p": tactic(), "few": tactic(p=0.2), "full": Attention.parse("full")}
+    for name in ("p", "few", "full", "few", "p"):
+        session.set_attention(policies[name])
+        fork = session.fork(seq)
+        rows = [logits_of(session.step([Entry(fork, [t])], logits="last")) for t in range(6)]
+        tails.setdefault(name, []).append(np.concatenate(rows))
+        session.free_sequence(fork)
+    assert all(np.array_equal(a, b) for a, b in (tails["p"], tails["few"]))
+    assert np.abs(tails["p"][0] - tails["few"][0]).max() > np.abs(tails["p"][0] - tails["full"][0]).max()
+
+
+def test_the_index_has_to_fit(tmp_path: Path) -> None:
+    """A pool that took all memory: the policy is refused, says what would fit, and nothing has changed; what it says does fit. A model that
+    is opened with the policy leaves room for it."""
+    tiny = write_tiny_model(tmp_path / "tiny", max_position_embeddings=2048)
+    weights = golden_weights(tiny, device=GPU)
+    free = next(d.memory_free for d in pyruntime._lib.devices() if d.id.decode() == GPU)
+    small = Session(weights, n_page=64)
+    n_page = (free - (1 << 30)) // small.stats()["page_bytes"]
+    small.close()
+    if n_page > 1 << 24:
+        pytest.skip(f"a pool of {n_page} pages")
+    session = Session(weights, n_page=n_page)
+    seq = session.create_sequence()
+    session.step([Entry(seq, prompt(400))])
+    says = r"needs \d+ MiB for the index of \d+ KV pages and \d+ MiB .*free on cuda:0: .* n_page of"
+    with pytest.raises(OutOfMemoryError, match=says) as e:
+        session.set_attention(tactic())
+    assert len(logits_of(session.step([Entry(seq, [5])], logits="last"))) == 1
+    assert session.stats()["index_bytes"] == 0
+    session.close()
+    session = Session(weights, n_page=int(str(e.value).split("n_page of ")[1].split()[0]))
+    session.set_attention(tactic())
+    session.close()
+    with pyruntime.Model(tiny, device=GPU, attention=tactic()) as model:
+        assert model.stats()["index_bytes"] > 0
+        done = model.generate("Hello " * 60, max_tokens=8, ignore_eos=True)
+        assert len(done.token_ids) == 8 and model.stats()["n_clustered_token"] > 0
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -300,3 +404,13 @@ def test_a_batch_answers_like_single_prompts(real: pyruntime.Model, text: str) -
     texts = real.generate(prompts, temperature=0, max_tokens=32, ignore_eos=True)
     assert len(texts) == 8 and all(len(t.token_ids) == 32 for t in texts)
     assert [real.perplexity(p) for p in prompts] == alone
+
+
+def test_sparse_attention_keeps_the_distribution(real: pyruntime.Model, text: str, record_property: Any) -> None:
+    """The same limits as on the CPU; P = 1 attends to everything and shows what rounding in another order costs."""
+    policies = [Attention.parse(p) for p in ("tactic:p=1", "tactic", "tactic:p=0.75", "tactic:p=0.5")]
+    report = evaluate(real, real.tokenize(text), policies, n_prompt=7936, n_decode=128, true_mass=True)
+    record_property("report", report)
+    for row, kl, density in zip(report["policies"], (0.002, 0.005, 0.018, 0.07), (1, 0.105, 0.048, 0.02), strict=True):
+        assert row["kl"] <= kl and row["density"] <= density, row
+    assert report["policies"][1]["reached"] >= 0.86

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 from tiny import EMOJI, log_softmax, write_tiny_model
 
 import pyruntime
+from pyruntime.batch import Call
+from pyruntime.engine import Engine
 from pyruntime.errors import InvalidArgumentError, OutOfPagesError
-from pyruntime.generate import PageBudget, Request, run
+from pyruntime.generate import Request
 from pyruntime.sampling import SamplingParams
 from pyruntime.session import Entry, Session
 
@@ -45,12 +48,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield model
 
 
+@pytest.fixture(scope="module")
+def long_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose long prompts take seconds."""
+    return write_tiny_model(tmp_path_factory.mktemp("interrupt") / "long", max_position_embeddings=400_000)
+
+
 @pytest.fixture(autouse=True)
 def the_pool_is_left_empty(request: pytest.FixtureRequest) -> Any:
     yield
     for name in ("smollm2", "tiny"):
         if name in request.fixturenames:
-            stats = request.getfixturevalue(name).stats()
+            model = request.getfixturevalue(name)
+            model.clear_cache()
+            stats = model.stats()
             assert (stats["n_sequence"], stats["n_page_free"]) == (0, stats["n_page"])
 
 
@@ -72,7 +83,8 @@ def test_a_batch_of_eight(smollm2: pyruntime.Model, alone: list[pyruntime.Comple
     together = smollm2.generate(PROMPTS, temperature=0, max_tokens=N_NEW)
     assert len({r.usage.prompt_tokens for r in together}) == len(PROMPTS)
     for one, other in zip(alone, together, strict=True):
-        assert (other.token_ids, other.text, other.finish_reason, other.usage) == (one.token_ids, one.text, one.finish_reason, one.usage)
+        assert (other.token_ids, other.text, other.finish_reason) == (one.token_ids, one.text, one.finish_reason)
+        assert other.usage.total_tokens == one.usage.total_tokens
         assert other.usage.completion_tokens == len(other.token_ids) == N_NEW
 
 
@@ -176,6 +188,103 @@ def test_logprobs_are_the_log_softmax_of_logits(smollm2: pyruntime.Model, alone:
     only = smollm2.generate(PROMPTS[2], temperature=0, max_tokens=2, logprobs=0)
     assert only.logprobs is not None and [e.top for e in only.logprobs] == [[], []]
     assert smollm2.generate(PROMPTS[2], temperature=0, max_tokens=2).logprobs is None
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_prompt_logprobs_are_the_log_softmax_of_logits(smollm2: pyruntime.Model, k: int) -> None:
+    """Over a prompt that is scored in several pieces; tolerance as above."""
+    ids = smollm2.tokenize(PROMPTS[5])
+    assert len(ids) > 70
+    made = smollm2.generate(ids, temperature=0, max_tokens=2, prompt_logprobs=k)
+    assert made.prompt_logprobs is not None and len(made.prompt_logprobs) == len(ids) and made.prompt_logprobs[0] is None
+    logits = smollm2.logits(ids)
+    expected = log_softmax(logits)
+    for i, entry in enumerate(made.prompt_logprobs[1:]):
+        assert entry is not None and entry.token_id == ids[i + 1] and entry.text == smollm2.tokenizer.id_to_text(ids[i + 1])
+        assert abs(entry.logprob - expected[i, ids[i + 1]]) < 1e-4
+        assert [t for t, _, _ in entry.top] == np.argsort(-logits[i], kind="stable")[:k].tolist()
+        assert all(abs(p - expected[i, t]) < 1e-4 for t, _, p in entry.top)
+    assert smollm2.generate(ids, temperature=0, max_tokens=2).token_ids == made.token_ids
+    assert smollm2.generate(ids, temperature=0, max_tokens=1, n=2, prompt_logprobs=k)[1].prompt_logprobs == made.prompt_logprobs
+
+
+def test_samples_share_one_prefill(smollm2: pyruntime.Model) -> None:
+    """Eight samples read the prompt once, and each is what its seed gives alone."""
+    options: dict[str, Any] = {"max_tokens": 6, "temperature": 1.0, "repetition_penalty": 1.1}
+    n_prompt = len(smollm2.tokenize(PROMPTS[5]))
+    before = smollm2.stats()
+    samples = smollm2.generate(PROMPTS[5], n=8, seed=100, **options)
+    after = smollm2.stats()
+    assert after["n_prefill_token"] - before["n_prefill_token"] == n_prompt
+    assert after["n_decode_token"] - before["n_decode_token"] <= 8 * 5
+    assert [s.usage.cached_tokens for s in samples] == [0] + [n_prompt] * 7 and [s.seed for s in samples] == list(range(100, 108))
+    for i in (0, 3, 7):
+        assert smollm2.generate(PROMPTS[5], seed=100 + i, **options).token_ids == samples[i].token_ids
+    assert len({tuple(s.token_ids) for s in samples}) > 4
+
+
+def test_the_shape_of_samples(tiny: pyruntime.Model) -> None:
+    options: dict[str, Any] = {"max_tokens": 4, "seed": 1, "ignore_eos": True, "logprobs": 2}
+    single = tiny.generate("abc", **options)
+    assert [s.token_ids for s in tiny.generate("abc", n=1, **options)] == [single.token_ids]
+    pairs: Any = tiny.generate(["abc", "d"], n=2, **options)
+    assert [len(p) for p in pairs] == [2, 2] and pairs[0][0].token_ids == single.token_ids
+    for one, other in zip(pairs[0], (single, tiny.generate("abc", **{**options, "seed": 2})), strict=True):
+        for a, b in zip(one.logprobs, other.logprobs or [], strict=True):  # on the host and in the step: rounding only
+            assert abs(a.logprob - b.logprob) < 1e-5 and [t for t, _, _ in a.top] == [t for t, _, _ in b.top]
+    stream = tiny.generate("abc", n=3, stream=True, **options)
+    texts = ["", "", ""]
+    for i, piece in stream.indexed():
+        texts[i] += piece
+    assert texts == [s.text for s in tiny.generate("abc", n=3, **options)] == [c.text for c in stream.completions]
+    assert tiny.generate([], n=2) == []
+
+
+def test_logits_processors(smollm2: pyruntime.Model, alone: list[pyruntime.Completion]) -> None:
+    """In place or returned, one after the other, with the tokens so far; before every other parameter."""
+    seen: list[list[int]] = []
+
+    def force(ids: list[int], logits: np.ndarray) -> None:
+        seen.append(ids)
+        if len(ids) == 1:
+            logits[:] = -np.inf
+            logits[1234] = 0
+
+    made = smollm2.generate(PROMPTS[0], temperature=0, max_tokens=3, logits_processors=[lambda _, x: x * 2, force], logprobs=2)
+    assert made.token_ids[0] == alone[0].token_ids[0] and made.token_ids[1] == 1234
+    assert seen == [[], made.token_ids[:1], made.token_ids[:2]]
+    assert made.logprobs is not None and made.logprobs[1].logprob < -1 and len(made.logprobs[1].top) == 2  # the model's own
+    same = smollm2.generate(PROMPTS[1], temperature=0, max_tokens=N_NEW, logits_processors=[lambda _, x: x])
+    assert same.token_ids == alone[1].token_ids
+    seeded: dict[str, Any] = {"max_tokens": 5, "seed": 4, "top_k": 50, "repetition_penalty": 1.2}
+    assert (
+        smollm2.generate(PROMPTS[1], logits_processors=[lambda _, x: None], **seeded).token_ids
+        == smollm2.generate(PROMPTS[1], **seeded).token_ids
+    )
+
+
+@pytest.mark.parametrize(
+    ("process", "error", "message"),
+    [
+        (lambda _, x: x[:5], InvalidArgumentError, r"returned an array of shape \(5,\), expected \(96,\)"),
+        (lambda _, x: x + np.nan, InvalidArgumentError, "largest logit is nan"),
+        (lambda _, x: x - np.inf, InvalidArgumentError, "largest logit is -inf"),
+        (lambda _, x: 1 / 0, ZeroDivisionError, "division by zero"),
+    ],
+)
+def test_logits_processors_that_are_wrong(tiny: pyruntime.Model, process: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tiny.generate("abc", max_tokens=5, logits_processors=[process])
+    with pytest.raises(InvalidArgumentError, match="cannot generate or score with its own model"):
+        tiny.generate("abc", max_tokens=5, logits_processors=[lambda _, x: tiny.generate("x")])
+
+
+def test_timings(smollm2: pyruntime.Model) -> None:
+    made = smollm2.generate(PROMPTS[5], temperature=0, max_tokens=5, ignore_eos=True)
+    t = made.timings
+    assert 0 < t.time_to_first_token < t.total
+    assert t.prefill_tok_s == pytest.approx(made.usage.prompt_tokens / t.time_to_first_token)
+    assert t.decode_tok_s == pytest.approx(4 / (t.total - t.time_to_first_token))
 
 
 # ---------------------------------------------------------------- where it ends
@@ -324,6 +433,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": [3]}, r"logit_bias is \[3\]"),
     ({"logprobs": -1}, "logprobs is -1"),
     ({"logprobs": 5000}, "logprobs is 5000"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+    ({"n": 0}, "n is 0, expected an integer from 1 to 128"),
+    ({"logits_processors": [5]}, "logits_processors holds 5, expected functions"),
+    ({"logits_processors": print}, "logits_processors is <built-in function print>, expected a list"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5, more than max_tokens, 4"),
     ({"ignore_eos": "yes"}, "ignore_eos is 'yes'"),
     ({"temprature": 0.5}, "unknown parameter 'temprature'; known are .*temperature"),
@@ -362,27 +475,30 @@ def test_a_list_cannot_be_streamed(smollm2: pyruntime.Model) -> None:
 # ---------------------------------------------------------------- pages
 
 
+def run(engine: Engine, requests: list[Request]) -> None:
+    call = Call([[r] for r in requests])
+    engine.submit(call)
+    engine.wait(call)
+
+
 def test_more_prompts_than_pages(tiny: pyruntime.Model) -> None:
     """Twenty requests of two pages each through a pool of five: they go in waves, and each text is the one it gives alone."""
     prompts = [tiny.tokenize("waves " * (8 + i % 5)) for i in range(20)]
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     alone = [tiny.generate(p, temperature=0, max_tokens=30, ignore_eos=True).token_ids for p in prompts]
     session = Session(tiny._weights, max_context=256, n_page=5, threads=1)
-    budget = PageBudget(5)
     requests = [tiny._request(p, params) for p in prompts]
-    order = [index for index, _ in run(session, requests, budget)]
+    run(Engine(session), requests)
     assert [r.token_ids for r in requests] == alone
-    assert set(order) == set(range(20)) and order.index(19) > len(order) // 2
     stats = session.stats()
-    assert stats["n_page_peak"] <= 5 and stats["n_page_free"] == 5 and budget.free == 5
+    assert stats["n_page_peak"] <= 5 and stats["n_page_free"] == 5
 
 
 def test_a_request_that_can_never_fit(tiny: pyruntime.Model) -> None:
-    session, budget = Session(tiny._weights, max_context=256, n_page=2, threads=1), PageBudget(2)
-    requests = [tiny._request([5] * n, SamplingParams(max_tokens=100)) for n in (20, 100)]
-    with pytest.raises(OutOfPagesError, match=r"may need 4 KV pages, 2 of 2 are not spoken for"):
-        list(run(session, requests, budget))
-    assert budget.free == 2 and session.stats()["n_page_free"] == 2
+    session = Session(tiny._weights, max_context=256, n_page=2, threads=1)
+    with pytest.raises(OutOfPagesError, match=r"may need 4 KV pages, there are 2"):
+        run(Engine(session), [tiny._request([5] * n, SamplingParams(max_tokens=100)) for n in (20, 100)])
+    assert session.stats()["n_page_free"] == 2
 
 
 def test_a_stream_closed_early_frees_its_pages(smollm2: pyruntime.Model) -> None:
@@ -391,12 +507,12 @@ def test_a_stream_closed_early_frees_its_pages(smollm2: pyruntime.Model) -> None
     next(stream)
     assert smollm2.stats()["n_page_free"] < free and stream.completion.finish_reason == "abort"
     stream.close()
-    assert smollm2.stats()["n_page_free"] == free and smollm2._budget.free == smollm2._budget.n_page
+    assert smollm2.stats()["n_page_free"] == free
     assert list(stream) == []
     for piece in smollm2.generate(PROMPTS[0], stream=True, temperature=0, max_tokens=200):
         assert piece
         break  # dropping it is enough
-    assert smollm2.stats()["n_page_free"] == free and smollm2._budget.free == smollm2._budget.n_page
+    assert smollm2.stats()["n_page_free"] == free
     smollm2.generate(PROMPTS[0], stream=True)  # never read
 
 
@@ -410,13 +526,98 @@ def test_streams_side_by_side(smollm2: pyruntime.Model, alone: list[pyruntime.Co
     assert texts == [alone[0].text, alone[1].text]
 
 
+# ---------------------------------------------------------------- cancelling
+
+
+def test_cancelling_from_another_thread(long_context: Path) -> None:
+    """While a prompt is read, while it generates, and a stream; each is over within a second, and keeps what was made."""
+    with pyruntime.Model(long_context, threads=1) as model:
+        for prompt, options in (([5] * 300_000, {}), ("Hello", {"ignore_eos": True})):
+            cancel = threading.Event()
+            threading.Timer(0.3, cancel.set).start()
+            started = time.perf_counter()
+            made: Any = model.generate(prompt, cancel=cancel, temperature=0, **options)  # type: ignore[call-overload]
+            assert made.finish_reason == "abort" and time.perf_counter() - started < 3
+            assert bool(made.token_ids) == (prompt == "Hello")
+        assert made.token_ids[:5] == model.generate("Hello", temperature=0, max_tokens=5, ignore_eos=True).token_ids
+        stream = model.generate("Hello", stream=True, ignore_eos=True)
+        threading.Timer(0.3, stream.cancel).start()
+        text = "".join(stream)
+        assert text == stream.completion.text and stream.completion.finish_reason == "abort"
+        assert model.generate(["a", "b"], cancel=cancel)[1].finish_reason == "abort"  # set before it began
+        model.clear_cache()
+        assert model.stats()["n_sequence"] == 0
+
+
+# ---------------------------------------------------------------- asyncio
+
+
+def test_async(smollm2: pyruntime.Model, alone: list[pyruntime.Completion]) -> None:
+    """Side by side from one event loop: the same texts, whole and in pieces, while the loop goes on."""
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.01)
+            ticks += 1
+
+    async def pieces(prompt: str) -> list[str]:
+        stream = await smollm2.agenerate(prompt, stream=True, temperature=0, max_tokens=N_NEW)
+        found = [piece async for piece in stream]
+        assert stream.completion.text == "".join(found)
+        return found
+
+    async def main() -> None:
+        clock = asyncio.create_task(tick())
+        whole, streamed, both, samples = await asyncio.gather(
+            smollm2.agenerate(PROMPTS[0], temperature=0, max_tokens=N_NEW),
+            pieces(PROMPTS[1]),
+            smollm2.agenerate([PROMPTS[2], PROMPTS[3]], temperature=0, max_tokens=N_NEW),
+            smollm2.agenerate(PROMPTS[1], temperature=0, max_tokens=N_NEW, n=2),
+        )
+        clock.cancel()
+        assert whole.text == alone[0].text
+        assert "".join(streamed) == alone[1].text and len(streamed) > N_NEW // 2
+        assert [r.text for r in both] == [alone[2].text, alone[3].text]
+        assert [r.text for r in samples] == [alone[1].text] * 2
+        answer = await smollm2.achat([{"role": "user", "content": "Say only: yes"}], temperature=0, max_tokens=4)
+        assert answer.token_ids == smollm2.chat([{"role": "user", "content": "Say only: yes"}], temperature=0, max_tokens=4).token_ids
+
+    asyncio.run(main())
+    assert ticks > 3
+
+
+def test_async_errors_and_cancelling(tiny: pyruntime.Model) -> None:
+    async def main() -> None:
+        with pytest.raises(InvalidArgumentError, match="the prompt is empty"):
+            await tiny.agenerate("")
+        with pytest.raises(ZeroDivisionError):
+            await tiny.agenerate("abc", logits_processors=[lambda _, x: 1 / 0])
+        stream = await tiny.agenerate("abc", stream=True, ignore_eos=True, max_tokens=300)
+        async for _ in stream:
+            break
+        stream.close()
+        task = asyncio.create_task(tiny.agenerate("abc", ignore_eos=True, max_tokens=500, logits_processors=[slow]))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        unread = await tiny.agenerate("abc", stream=True, ignore_eos=True, max_tokens=300)
+        await asyncio.sleep(0.1)
+        del unread
+
+    def slow(_: list[int], logits: np.ndarray) -> None:
+        time.sleep(0.01)
+
+    asyncio.run(main())
+    for thread in threading.enumerate():
+        if thread.name == "pyruntime":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
 # ---------------------------------------------------------------- Ctrl-C
-
-
-@pytest.fixture(scope="module")
-def long_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose long prompts take seconds."""
-    return write_tiny_model(tmp_path_factory.mktemp("interrupt") / "long", max_position_embeddings=400_000)
 
 
 INTERRUPTED = """
@@ -424,9 +625,9 @@ import sys, time, pyruntime
 model = pyruntime.Model(sys.argv[1], threads=1)
 expected = model.generate("Hello", temperature=0, max_tokens=20).token_ids
 def survived():
+    model.clear_cache()
     stats = model.stats()
     assert (stats["n_sequence"], stats["n_page_free"]) == (0, stats["n_page"]), stats
-    assert model._budget.free == model._budget.n_page
     assert model.generate("Hello", temperature=0, max_tokens=20).token_ids == expected
 for what in ("prefill", "stream", "score"):
     stream = None
@@ -569,11 +770,3 @@ def test_close_stops_a_generation_in_another_thread(long_context: Path) -> None:
     model.close()
     thread.join(10)
     assert [type(e) for e in outcome] == [pyruntime.AbortedError]
-
-
-def test_request_counts_pages(tiny: pyruntime.Model) -> None:
-    def pages(n_prompt: int, **options: Any) -> int:
-        request: Request = tiny._request([5] * n_prompt, SamplingParams(**options))
-        return request.pages
-
-    assert [pages(1, max_tokens=63), pages(1, max_tokens=64), pages(64, max_tokens=1), pages(10)] == [1, 2, 2, 8]

@@ -66,6 +66,27 @@ def test_forms(prt_bench: Run) -> None:
     assert table[0][:2] == ["test", "n_prompt"] and [row[0] for row in table[1:]] == ["pp16"]
 
 
+def test_sparse_rows(prt_bench: Run) -> None:
+    """Beside the dense rows; the share of the clustered rows is what was asked for, as far as whole clusters allow."""
+    base = (*TINY, "-p", "0", "-n", "4", "-q", "-o", "json", "--attention", "tactic")
+    result = json.loads(prt_bench(*base, "-d", "0,2100", "-b", "1,2", "--selected", "0.1,0.3").stdout)
+    names = [
+        f"tg4{depth}{batch}{how}" for depth in ("", " @ d2100") for batch in ("", " b2") for how in ("", " tactic 10 %", " tactic 30 %")
+    ]
+    assert [t["test"] for t in result["tests"]] == names
+    tests = {t["test"]: t for t in result["tests"]}
+    assert tests["tg4 tactic 10 %"]["selected_rows"] == 0 and tests["tg4 tactic 10 %"]["read_rows"] == 1  # too short to be sparse
+    for name, t in tests.items():
+        if "2100" not in name or "tactic" not in name:
+            continue
+        assert t["selected_rows"] == pytest.approx(t["selected"], rel=0.1) and t["selected"] < t["read_rows"] < t["selected"] + 0.2
+        assert t["cluster_seconds"] > 0 and t["prompt_seconds"] > 0 and t["bytes"] < tests[name.split(" tactic")[0]]["bytes"]
+    memory = result["memory"]
+    assert 0 < memory["index_bytes"] < memory["kv_bytes"]
+    by_mass = json.loads(prt_bench(*base, "-d", "1500").stdout)["tests"]
+    assert [t["test"] for t in by_mass] == ["tg4 @ d1500", "tg4 @ d1500 tactic"] and by_mass[1]["selected_rows"] > 0.1
+
+
 def test_bytes_and_operations(prt_bench: Run) -> None:
     """The floor of a step, counted from the shapes: a decode step reads every weight but the embedding, and the KV rows."""
     configs = {c["name"]: c for c in json.loads(prt_bench("--list-configs", "-o", "json").stdout)}
@@ -112,6 +133,8 @@ def test_a_test_without_room_is_skipped(prt_bench: Run) -> None:
         (["-d"], "-d needs a value"),
         (["--config="], "--config is ''"),
         (["-o", "xml"], "'xml', expected md, json or csv"),
+        (["--attention", "quest"], "--attention is 'quest', expected full or tactic"),
+        (["--selected", "0.1,2"], "'2' is not a share between 0 and 1"),
         (["--frobnicate"], "'--frobnicate' is not an option"),
         (["--device", "tpu"], "'tpu', available: cpu"),
         (["--device", "cuda:77"], "'cuda:77', available: cpu"),
@@ -143,6 +166,22 @@ def test_on_a_gpu(prt_bench: Run) -> None:
     assert {"linear qkv", "linear lm_head", "attention_decode", "attention_prefill", "rope_kv_write", "sample", "linear"} <= names
     assert all(op["us"] > 0 for op in result["ops"])
     assert result["memory"]["beyond_weights_and_kv"] > 0
+    sparse = ("-p", "0", "-n", "4", "-d", "3000", "--attention", "tactic", "--selected", "0.2")
+    result = json.loads(prt_bench(*base, *sparse).stdout)
+    assert [t["test"] for t in result["tests"]] == ["tg4 @ d3000", "tg4 @ d3000 tactic 20 %"] and not result["skipped"]
+    sparse = ("--config", "smollm2-135m", "--ops-only", "--structured", "--match", "decode attention", "--selected", "0.2")
+    result = json.loads(prt_bench(*base, *sparse).stdout)
+    assert not result["skipped"]
+    rows = {(op["op"], op["shape"]): op for op in result["ops"]}
+    assert all(op["us"] > 0 and op["selected_rows"] == pytest.approx(0.2, rel=0.05) for op in rows.values() if "selected" in op)
+    for shape in ("1 x 8192", "8 x 65536"):
+        assert {n for n, s in rows if s == shape} == {
+            "attention_decode",
+            "cluster",
+            "select",
+            "sparse_attention",
+            "select + sparse_attention",
+        }
 
 
 # ---------------------------------------------------------------- the peers and the report
@@ -191,8 +230,11 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     }
     decode = {"group": "decode attention, one layer", "op": "attention_decode", "us": 9.0, "flops": 1.0, "bytes": 1.0, "calls": 0}
     ops = [decode | {"shape": "1 x 8192"}, decode | {"shape": "4 x 8192", "us": 44.0}]
+    sparse = {"op": "select + sparse_attention", "selected": 0.02, "selected_rows": 0.0201, "shape": "1 x 131072", "us": 20.0}
+    ops.append(decode | sparse)
     ops.append(decode | {"op": "linear", "shape": "8192 x 4096 x 14336", "us": 1000.0, "flops": 650e9})
     peer = {"rows": [{"test": "decode", "batch": b, "context": 8192, "page": 16, "us": us} for b, us in ((1, 10.0), (1, 12.0), (4, 40.0))]}
+    peer["rows"].append({"test": "decode", "batch": 1, "context": 131072, "page": 16, "us": 130.0})
     llama = {"rows": [{"test": "pp512", "ours": {"tok_s_mean": 30000.0}, "theirs": {"tok_s_mean": 24000.0}, "ratio": 1.25}]}
     out = tmp_path / "h200.json"
     arguments = ["--prt-bench", write("a.json", short), write("b.json", head | {"memory": {}, "tests": [], "ops": ops}), "--out", str(out)]
@@ -211,7 +253,10 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert verdicts["matrix product 8192 x 4096 x 14336"] == verdicts["prefill pp512 over llama.cpp"] == "pass"
     assert verdicts["memory beyond weights and KV"] == "pass" and verdicts["wheel with all architectures"] == "FAIL"
     assert targets["Model(...) to the first token, 16 GB in the page cache"]["verdict"] == "aim"
-    assert "| 1 x 8192 | 9.0 | 10.0 | 0.90 |" in capsys.readouterr().out
+    assert targets["sparse decode attention 1 x 131072, 2 %, over FlashInfer dense"]["verdict"] == "pass"
+    printed = capsys.readouterr().out
+    assert "| 1 x 8192 | 9.0 | 10.0 | 0.90 |" in printed
+    assert "| 1 x 131072, 2.01 % | - | - | 20.0 | - | 130.0 (6.5x) |" in printed
     monkeypatch.setattr(
         sys, "argv", ["gpu_report.py", "--prt-bench", str(tmp_path / "a.json"), write("c.json", short | {"commit": "other"})]
     )

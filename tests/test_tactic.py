@@ -15,6 +15,7 @@ from pyruntime.errors import InvalidArgumentError, OutOfPagesError, UnsupportedM
 from pyruntime.session import Entry, Session, Weights
 
 N_VOCAB, H_KV = 96, 2
+GPU = "cuda:0"
 Open = Callable[..., Session]
 FULL = Attention.parse("full")
 
@@ -23,9 +24,14 @@ def tactic(**options: Any) -> Attention:
     return Attention("tactic", {"segment": 256, "window": 16, "min_context": 300, **options})
 
 
-@pytest.fixture(scope="module", params=["bf16", "f32"])
+def _on_gpu(dtype: str) -> Any:
+    return pytest.param((GPU, dtype), marks=pytest.mark.gpu)
+
+
+@pytest.fixture(scope="module", params=[("cpu", "bf16"), ("cpu", "f32"), _on_gpu("bf16"), _on_gpu("f16"), _on_gpu("f32")], ids="-".join)
 def weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    return golden_weights(write_hf_folder(GOLDENS / "qwen3", tmp_path_factory.mktemp("tactic") / "qwen3", request.param))
+    device, dtype = request.param
+    return golden_weights(write_hf_folder(GOLDENS / "qwen3", tmp_path_factory.mktemp("tactic") / "qwen3", dtype), device=device)
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def filled(session: Session, ids: np.ndarray) -> int:
 
 
 def assert_same_within_rounding(got: np.ndarray, want: np.ndarray) -> None:
-    """bf16 KV and AMX: weights of the softmax are rounded to 2^-9 in either order; two layers, logits up to 10."""
+    """bf16 KV and AMX, or a GPU: weights of the softmax are rounded to 2^-9 in either order; two layers, logits up to 10."""
     assert np.abs(got - want).max() < 0.05 * max(1.0, np.abs(want).max() / 4)
 
 
@@ -93,8 +99,24 @@ def test_long_decode_stays_near_dense(open_session: Open, estimator: str, segmen
     assert stats["true_mass"] / stats["n_true"] > 0.9
 
 
-def test_the_same_tokens_give_the_same_bits(open_session: Open) -> None:
-    """Whatever the chunks, the threads, the pages, and what else is in the batch."""
+def test_the_same_steps_give_the_same_bits(open_session: Open) -> None:
+    """Also over other pages, and in the same batch."""
+    ids, tail = prompt(777), prompt(30, 1)
+    results = []
+    for used in (0, 0, 300):
+        session = open_session(tactic(p=0.5))
+        seqs = [filled(session, prompt(used + 1)), *(filled(session, ids[i:]) for i in range(3))]
+        session.free_sequence(seqs.pop(0))
+        one = decode(session, seqs[0], tail)
+        many = [session.step([Entry(s, [t]) for s in seqs], logits="last").logits for t in tail]
+        results.append(np.concatenate([one, *(np.asarray(x) for x in many)]))
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+def test_the_same_tokens_give_the_same_bits(open_session: Open, request: pytest.FixtureRequest) -> None:
+    """Whatever the chunks, the threads, the pages, and what else is in the batch. On a GPU other kernels run for other numbers of rows."""
+    if request.node.callspec.params["weights"][0] == GPU:
+        pytest.skip("not promised on a GPU")
     ids, tail = prompt(777), prompt(30, 1)
     first = open_session(tactic(p=0.5))
     want = decode(first, filled(first, ids), tail)

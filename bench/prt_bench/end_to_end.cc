@@ -129,7 +129,12 @@ int64_t kv_bytes_per_token(const prt_model_config& c) { return int64_t{4} * c.n_
 
 class Runner {
  public:
-  Runner(Report& report, prt_model* model) : report_(report), c_(report.config.config), model_(model), random_(2) {}
+  Runner(Report& report, prt_model* model) : report_(report), c_(report.config.config), model_(model), random_(2) {
+    if (!report.options.tactic) return;
+    prt_attention tactic = PRT_ATTENTION_INIT;
+    tactic.policy = PRT_ATTENTION_TACTIC;
+    must(prt_attention_page_bytes(model, &tactic, &index_page_bytes_));
+  }
 
   // One session for all tests, with a pool for the largest that fits into the memory that is free.
   void open(std::vector<Test>& tests) {
@@ -139,7 +144,7 @@ class Runner {
     std::stable_sort(tests.begin(), tests.end(), [](const Test& a, const Test& b) { return pages_of(a) > pages_of(b); });
     while (!tests.empty()) {
       const Test largest = tests.front();
-      const int64_t need = pages_of(largest) * PRT_PAGE_TOKENS * kv_bytes_per_token(c_);
+      const int64_t need = pages_of(largest) * (PRT_PAGE_TOKENS * kv_bytes_per_token(c_) + index_page_bytes_);
       std::string why;
       if (need > device.memory_free) {
         why =
@@ -151,11 +156,10 @@ class Runner {
         config.max_batch_tokens = static_cast<int32_t>(report_.options.chunk);
         config.n_threads = static_cast<int32_t>(report_.options.threads);
         prt_session* raw = nullptr;
-        const prt_status status = prt_session_create(model_, &config, &raw);
-        if (status == PRT_OK) {
-          session_.reset(raw);
-          return;
-        }
+        prt_status status = prt_session_create(model_, &config, &raw);
+        session_.reset(raw);
+        if (status == PRT_OK) status = report_.options.tactic ? attend(true, 0) : PRT_OK;
+        if (status == PRT_OK) return;
         why = prt_last_error();
         if (status != PRT_OUT_OF_MEMORY) throw Failure(status == PRT_INVALID_ARGUMENT ? 2 : 1, why);
       }
@@ -169,8 +173,11 @@ class Runner {
 
   void run(Test& t) {
     fill(t.batch, t.depth, t.n);
+    if (report_.options.tactic) must(attend(t.tactic, t.selected));
+    if (t.tactic) choose_rows(t);
     once(t, t.is_prompt ? t.n : std::min<int64_t>(t.n, 8));  // warm-up: memory, clocks, recorded graphs
     for (int64_t r = 0; r < report_.options.repetitions; ++r) t.seconds.push_back(once(t, t.n));
+    if (t.tactic) return sparse_figures(t);
     t.bytes =
         t.is_prompt ? step_bytes(c_, t.n, t.depth, t.batch) : static_cast<double>(t.n) * step_bytes(c_, 1, t.depth + t.n / 2, t.batch);
     t.flops =
@@ -182,6 +189,7 @@ class Runner {
     must(prt_session_get_stats(session_.get(), &stats));
     report_.kv_bytes = stats.kv_bytes;
     report_.workspace_bytes = stats.workspace_bytes;
+    report_.index_bytes = stats.index_bytes;
   }
 
   static prt_device_info find_device(const std::string& id) {
@@ -196,6 +204,50 @@ class Runner {
   }
 
  private:
+  prt_status attend(bool tactic, double selected) {
+    prt_attention attention = PRT_ATTENTION_INIT;
+    attention.policy = tactic ? PRT_ATTENTION_TACTIC : PRT_ATTENTION_FULL;
+    attention.selected = static_cast<float>(selected);
+    return prt_session_set_attention(session_.get(), &attention);
+  }
+
+  // The library takes a share for each query head; how many rows their kv head then reads depends on how much they agree. A few short runs
+  // find the share that makes it the one asked for. The first of them also clusters what is there.
+  void choose_rows(Test& t) {
+    double share = t.selected;
+    for (int i = 0; i < 8; ++i) {
+      once(t, 3);
+      read_counters(t);
+      if (t.selected == 0 || t.selected_rows == 0 || std::abs(t.selected_rows / t.selected - 1) < 0.02) return;
+      share = std::min(1.0, share * t.selected / t.selected_rows);
+      must(attend(true, share));
+    }
+  }
+
+  void read_counters(Test& t) {
+    prt_attention_stats s = PRT_ATTENTION_STATS_INIT;
+    must(prt_session_get_attention_stats(session_.get(), -1, -1, &s));
+    const auto clustered = static_cast<double>(s.n_context - s.n_exact);
+    t.selected_rows = clustered > 0 ? static_cast<double>(s.n_selected) / clustered : 0;
+    t.read_rows = s.n_context > 0 ? static_cast<double>(s.n_selected + s.n_exact) / static_cast<double>(s.n_context) : 1;
+  }
+
+  void sparse_figures(Test& t) {
+    read_counters(t);
+    prt_session_stats stats = PRT_SESSION_STATS_INIT;
+    must(prt_session_get_stats(session_.get(), &stats));
+    for (size_t s = 0; s < static_cast<size_t>(t.batch); ++s) t.prompt_seconds += prompt_seconds_[s];
+    if (stats.n_clustered_token > 0)
+      t.cluster_seconds = stats.cluster_seconds / static_cast<double>(stats.n_clustered_token) * static_cast<double>(t.batch) *
+                          static_cast<double>(t.depth);
+    const double context = static_cast<double>(t.batch) * static_cast<double>(t.depth + t.n / 2);
+    const double index = static_cast<double>(index_page_bytes_) / PRT_PAGE_TOKENS;
+    t.bytes = static_cast<double>(t.n) *
+              (step_bytes(c_, 0, 0, t.batch) + context * (t.read_rows * static_cast<double>(kv_bytes_per_token(c_)) + index));
+    t.flops =
+        static_cast<double>(t.n) * step_flops(c_, 1, static_cast<int64_t>(t.read_rows * static_cast<double>(t.depth + t.n / 2)), t.batch);
+  }
+
   void step(std::vector<int32_t>& tokens, const std::vector<int32_t>& n_token, const std::vector<prt_sampler*>& samplers) {
     prt_batch batch = PRT_BATCH_INIT;
     batch.n_seq = static_cast<int32_t>(n_token.size());
@@ -231,9 +283,13 @@ class Runner {
     while (static_cast<int64_t>(sequences_.size()) > batch && pages_after() > stats.n_page) {
       must(prt_sequence_free(session_.get(), sequences_.back()));
       sequences_.pop_back();
+      prompt_seconds_.pop_back();
     }
     for (int64_t s = 0; s < batch; ++s) {
-      if (s == static_cast<int64_t>(sequences_.size())) must(prt_sequence_create(session_.get(), &sequences_.emplace_back()));
+      if (s == static_cast<int64_t>(sequences_.size())) {
+        must(prt_sequence_create(session_.get(), &sequences_.emplace_back()));
+        prompt_seconds_.push_back(0);
+      }
       int64_t length = 0;
       must(prt_sequence_length(session_.get(), sequences_[static_cast<size_t>(s)], &length));
       if (length > depth) must(prt_sequence_truncate(session_.get(), sequences_[static_cast<size_t>(s)], depth));
@@ -245,7 +301,9 @@ class Runner {
       one.seq = &sequences_[static_cast<size_t>(s)];
       one.n_token = &n;
       one.tokens = tokens.data();
+      const Clock::time_point start = Clock::now();
       must(prt_session_step(session_.get(), &one));
+      prompt_seconds_[static_cast<size_t>(s)] += seconds_since(start);
     }
   }
 
@@ -279,7 +337,9 @@ class Runner {
   const prt_model_config& c_;
   prt_model* model_;
   Session session_;
+  int64_t index_page_bytes_ = 0;  // where sparse attention is measured too
   std::vector<int64_t> sequences_;
+  std::vector<double> prompt_seconds_;  // what each took to fill
   std::vector<Sampler> samplers_;
   std::vector<int32_t> sampled_;
   Random random_;
@@ -313,7 +373,12 @@ void run_end_to_end(Report& report, const std::function<void()>& at_end) {
       for (const int64_t p : o.n_prompt)
         if (p > 0) tests.push_back({.is_prompt = true, .n = p, .depth = d, .batch = b, .seconds = {}});
       for (const int64_t n : o.n_gen)
-        if (n > 0) tests.push_back({.is_prompt = false, .n = n, .depth = d, .batch = b, .seconds = {}});
+        if (n > 0) {
+          tests.push_back({.is_prompt = false, .n = n, .depth = d, .batch = b, .seconds = {}});
+          if (!o.tactic) continue;
+          for (const double share : o.selected.empty() ? std::vector<double>{0} : o.selected)
+            tests.push_back({.is_prompt = false, .n = n, .depth = d, .batch = b, .tactic = true, .selected = share, .seconds = {}});
+        }
     }
   if (tests.empty()) throw Failure(2, "-p 0 with -n 0 leaves nothing to measure");
   // Random weights know no longest context: the model is told whatever the tests need.
@@ -349,7 +414,7 @@ void run_end_to_end(Report& report, const std::function<void()>& at_end) {
   at_end();
   for (const Test& t : tests)  // back in the order asked for
     for (const Test& done : fitting)
-      if (done.is_prompt == t.is_prompt && done.n == t.n && done.depth == t.depth && done.batch == t.batch) {
+      if (done.name() == t.name()) {
         report.tests.push_back(done);
         break;
       }

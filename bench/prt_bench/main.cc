@@ -48,8 +48,8 @@ void run(const Options& asked) {
   report.machine.memory_free = device.memory_free;
   if (device.is_cuda) {
     report.used_before = used_before.at(static_cast<size_t>(device.index));
+    describe_device(device.index, report.machine);  // starts CUDA on it
     report.used_by_cuda = gpu_memory_used(device.index);
-    describe_device(device.index, report.machine);
     if (asked.ceilings) report.ceilings = measure_ceilings(device.index);
   }
   if (asked.end_to_end)

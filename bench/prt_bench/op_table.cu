@@ -5,7 +5,7 @@
 #include <map>
 #include <numeric>
 
-#include "ops/ops.h"
+#include "attention/sparse.h"
 #include "prt_bench/gpu.cuh"
 
 namespace prt_bench {
@@ -24,6 +24,9 @@ constexpr int64_t kChunk = 2048;  // rows of a prompt that the library takes at 
 // batch x context of the decode attention, and the lengths of the causal one, that bench/peers measures elsewhere.
 constexpr int64_t kDecodeGrid[][2] = {{1, 8192},  {1, 32768},  {1, 65536}, {1, 131072}, {4, 8192},  {4, 32768},
                                       {4, 65536}, {4, 131072}, {8, 8192},  {8, 32768},  {8, 65536}, {32, 2048}};
+// The same for sparse decode attention, and the segments it is measured with: the library's defaults.
+constexpr int64_t kSparseBatches[] = {1, 4, 8}, kSparseContexts[] = {8192, 32768, 65536, 131072};
+constexpr int64_t kSlots = 4, kSegmentPages = 32, kWindow = 128;
 constexpr int64_t kPrefillLengths[] = {512, 2048, 8192, 32768};
 constexpr int64_t kGemm[3] = {8192, 4096, 14336};  // rows, n_in, n_out
 
@@ -49,6 +52,12 @@ class OpTable {
       if (n > 0) prompt_chunk(n);
     group_ = "decode attention, one layer";
     for (const auto& [batch, context] : kDecodeGrid) attention(batch, 1, context, 0);
+    if (!o.selected.empty() && std::string("sparse decode attention").find(o.match) != std::string::npos) {
+      const auto before = static_cast<std::ptrdiff_t>(report_.ops.size());
+      for (const int64_t batch : kSparseBatches)
+        for (const int64_t context : kSparseContexts) sparse(batch, context);
+      std::stable_sort(report_.ops.begin() + before, report_.ops.end(), [](const Op& x, const Op& y) { return x.selected < y.selected; });
+    }
     group_ = "causal attention, one layer";
     for (const int64_t n : kPrefillLengths) attention(1, n, n, 0);
     group_ = "matrix product";
@@ -168,19 +177,14 @@ class OpTable {
       const int64_t sets = sets_of(n_page * prt::kPageTokens * kv * 4);
       const Tensor k = random(DType::bf16, 1, 0, sets * n_page, c_.h_kv, prt::kPageTokens, c_.d_head);
       const Tensor v = random(DType::bf16, 1, 0, sets * n_page, c_.h_kv, prt::kPageTokens, c_.d_head);
-      std::vector<int32_t> begin, length(static_cast<size_t>(n_seq), static_cast<int32_t>(context)), table = counting(n_page);
+      std::vector<int32_t> begin, length(static_cast<size_t>(n_seq), static_cast<int32_t>(context));
       for (int64_t s = 0; s <= n_seq; ++s) begin.push_back(static_cast<int32_t>(s * rows));
-      uint64_t state = 1;  // pages in no order, as a pool that has been in use hands them out
-      for (size_t i = table.size(); i > 1; --i) {
-        state = state * 6364136223846793005u + 1442695040888963407u;
-        std::swap(table[i - 1], table[(state >> 33) % i]);
-      }
       prt::Attention a;
       a.out = random(DType::bf16, 1, 0, n_tok, q);
       a.q = random(DType::bf16, 1, 0, n_tok, q + 2 * kv).cols(0, q);
       a.q_begin = ints(begin, n_seq + 1);
       a.kv_len = ints(length, n_seq);
-      a.page_table = ints(table, n_seq, max_pages);
+      a.page_table = ints(shuffled(n_page), n_seq, max_pages);
       a.window = 0;
       a.scale = 1 / std::sqrt(static_cast<float>(c_.d_head));
       a.scratch = scratch(prt::attention_scratch_bytes(b_, decode ? n_seq : 0, context, c_.h_q, c_.h_kv, c_.d_head));
@@ -191,6 +195,161 @@ class OpTable {
                         else prt::attention_prefill(b_, a);
                       }};
     });
+  }
+
+  // Clustering of n_seq contexts, then selection, attention and both for each share of the clustered rows.
+  void sparse(int64_t n_seq, int64_t context) {
+    const std::string shape = dims(n_seq, context);
+    try {
+      sparse_rows(n_seq, context, shape);
+    } catch (const prt::Error& error) {
+      report_.skipped.push_back({"sparse decode attention: " + shape, error.what()});
+    }
+    buffers_.clear();
+  }
+
+  void sparse_rows(int64_t n_seq, int64_t context, const std::string& shape) {
+    const int64_t h_q = c_.h_q, h_kv = c_.h_kv, d = c_.d_head, q_size = h_q * d, kv = h_kv * d;
+    const int64_t max_pages = (context + prt::kPageTokens - 1) / prt::kPageTokens, n_page = n_seq * max_pages;
+    const int64_t sets = sets_of(n_page * kSlots * kv * 6), all = sets * n_page;  // the index alone is several times any L2
+    const int64_t closed_end = std::max<int64_t>(1, (context - kWindow) / prt::kPageTokens), n_closed = closed_end - 1;
+    const int64_t whole = n_closed / kSegmentPages, rest = n_closed % kSegmentPages;
+    const Tensor k = empty(DType::bf16, all, h_kv, prt::kPageTokens, d), v = random(DType::bf16, 1, 0, all, h_kv, prt::kPageTokens, d);
+    if (report_.options.structured) fill_clustered(stream_, k, ++seed_);
+    else fill_random(stream_, k, 1, 0, ++seed_);
+    const prt::ClusterIndex index{empty(DType::f8, all, h_kv, kSlots, d), empty(DType::f8, all, h_kv, kSlots, d),
+                                  empty(DType::f8, all, h_kv, kSlots, d), empty(DType::i32, all, h_kv, kSlots, 2),
+                                  empty(DType::u16, all, h_kv, prt::kPageTokens)};
+    const auto index_of = [=](int64_t set) {
+      const auto part = [=](const Tensor& t) { return t.rows(set * n_page, n_page); };
+      return prt::ClusterIndex{part(index.centroid), part(index.variance), part(index.value), part(index.range), part(index.order)};
+    };
+
+    // Segments are whole ones, then what is left: as the library closes them after a prompt.
+    const std::vector<int32_t> table = shuffled(n_page);
+    std::vector<int32_t> whole_pages, rest_pages, closed;
+    for (int64_t s = 0; s < n_seq; ++s) {
+      const int32_t* first = table.data() + s * max_pages + 1;
+      whole_pages.insert(whole_pages.end(), first, first + whole * kSegmentPages);
+      rest_pages.insert(rest_pages.end(), first + whole * kSegmentPages, first + n_closed);
+      closed.push_back(1);
+      closed.push_back(static_cast<int32_t>(closed_end));
+    }
+    prt::Cluster cluster;
+    cluster.iterations = 10;
+    cluster.seed = 0;
+    cluster.scratch = scratch(prt::cluster_scratch_bytes(b_, kSegmentPages, kSlots, d));
+    const Tensor whole_list = ints(whole_pages, n_seq * whole, kSegmentPages), rest_list = ints(rest_pages, n_seq, rest);
+    const auto cluster_set = [=, this](int64_t set) {
+      prt::Cluster a = cluster;
+      a.k_pages = k.rows(set * n_page, n_page);
+      a.v_pages = v.rows(set * n_page, n_page);
+      a.index = index_of(set);
+      a.pages = whole_list;
+      if (whole > 0) prt::cluster(b_, a);
+      a.pages = rest_list;
+      if (rest > 0) prt::cluster(b_, a);
+    };
+    for (int64_t set = 0; set < sets; ++set) cluster_set(set);
+
+    prt::Select a;
+    a.ranges = empty(DType::i32, n_seq, h_kv, prt::select_max_range(max_pages, kSlots), 2);
+    a.n_range = empty(DType::i32, n_seq, h_kv);
+    a.tail = empty(DType::f32, n_seq, h_q, max_pages * kSlots);
+    a.mass = empty(DType::f32, n_seq, h_q);
+    a.counters = empty(DType::i64, h_kv, prt::kAttentionCounters);
+    prt::fill(stream_, a.counters.data, 0, a.counters.bytes());
+    a.q = random(DType::bf16, 1, 0, n_seq, q_size + 2 * kv).cols(0, q_size);
+    a.page_table = ints(table, n_seq, max_pages);
+    a.kv_len = ints(std::vector<int32_t>(static_cast<size_t>(n_seq), static_cast<int32_t>(context)), n_seq);
+    a.closed = ints(closed, n_seq, 2);
+    a.scale = 1 / std::sqrt(static_cast<float>(d));
+    a.p = 0.9f;
+    a.estimator = prt::Estimator::moment;
+    a.scratch = scratch(prt::select_scratch_bytes(b_, n_seq, h_q, h_kv, max_pages, kSlots));
+    prt::SparseAttention attend;
+    attend.out = empty(DType::bf16, n_seq, q_size);
+    attend.q = a.q;
+    attend.page_table = a.page_table;
+    attend.ranges = a.ranges;
+    attend.n_range = a.n_range;
+    attend.tail = a.tail;
+    attend.closed = a.closed;
+    attend.scale = a.scale;
+    attend.scratch = scratch(prt::sparse_attention_scratch_bytes(b_, n_seq, max_pages, h_q, h_kv, d));
+    const auto select_set = [=, this, &a](int64_t set) {
+      prt::Select s = a;
+      s.k_pages = k.rows(set * n_page, n_page);
+      s.index = index_of(set);
+      prt::select(b_, s);
+    };
+    const auto attend_set = [=, this](int64_t set) {
+      prt::SparseAttention s = attend;
+      s.k_pages = k.rows(set * n_page, n_page);
+      s.v_pages = v.rows(set * n_page, n_page);
+      s.value = index_of(set).value;
+      prt::sparse_attention(b_, s);
+    };
+
+    const auto clusters = static_cast<double>(n_seq * n_closed * kSlots * kv),
+               rows = static_cast<double>(n_seq * n_closed * prt::kPageTokens);
+    const double exact = static_cast<double>(n_seq * context) - rows, ends = 4 * static_cast<double>(n_seq * q_size);
+    for (const double share : report_.options.selected) {
+      const double chosen = calibrate(a, share, rows * static_cast<double>(h_kv), [&] { select_set(0); });
+      char text[96];
+      std::snprintf(text, sizeof text, "sparse decode attention, %g %% of the clustered rows%s, one layer", 100 * share,
+                    report_.options.structured ? ", keys in clusters" : "");
+      group_ = text;
+      const double index_bytes = 2 * clusters + 8 * clusters / static_cast<double>(d),
+                   row_bytes = 4 * static_cast<double>(kv) * (chosen * rows + exact);
+      const auto add = [&](const char* name, double bytes, const std::function<void(int64_t)>& launch) {
+        report_.ops.push_back({.group = group_,
+                               .name = name,
+                               .shape = shape,
+                               .us = time_us({sets, launch}),
+                               .bytes = bytes,
+                               .selected = share,
+                               .selected_rows = chosen});
+        if (!report_.options.quiet)
+          std::fprintf(stderr, "%s %s, %.3f %%: %.2f us\n", name, shape.c_str(), 100 * chosen, report_.ops.back().us);
+      };
+      add("select", index_bytes + ends, [&](int64_t i) { select_set(i % sets); });
+      select_set(0);
+      add("sparse_attention", row_bytes + clusters + ends, [&](int64_t i) { attend_set(i % sets); });
+      add("select + sparse_attention", index_bytes + clusters + row_bytes + ends, [&](int64_t i) {
+        select_set(i % sets);
+        attend_set(i % sets);
+      });
+    }
+    group_ = "clustering, one layer";
+    report_.ops.push_back({.group = group_,
+                           .name = "cluster",
+                           .shape = shape,
+                           .us = time_us({sets, [&](int64_t i) { cluster_set(i % sets); }}),
+                           .bytes = 8 * static_cast<double>(kv) * rows + 3 * clusters});
+    if (!report_.options.quiet) std::fprintf(stderr, "cluster %s: %.2f us\n", shape.c_str(), report_.ops.back().us);
+  }
+
+  // Each query head chooses the same share of the rows; a few trials find the share whose union over a kv head's query heads is `wanted`.
+  // -> the share that it is in fact
+  double calibrate(prt::Select& a, double wanted, double n_row, const std::function<void()>& run) {
+    std::vector<prt::AttentionCounters> counters(static_cast<size_t>(c_.h_kv));
+    double fraction = wanted, share = 0, low = 0, high = 1;
+    for (int i = 0; i < 16; ++i) {
+      a.fraction = static_cast<float>(fraction);
+      prt::fill(stream_, a.counters.data, 0, a.counters.bytes());
+      run();
+      prt::copy_to_host(stream_, counters.data(), a.counters.data, a.counters.bytes());
+      prt::synchronize(stream_);
+      int64_t selected = 0;
+      for (const prt::AttentionCounters& c : counters) selected += c.n_selected;
+      share = static_cast<double>(selected) / n_row;
+      if (std::abs(share / wanted - 1) < 0.01) break;
+      (share > wanted ? high : low) = fraction;
+      fraction = share > 0 ? fraction * wanted / share : fraction * 2;
+      if (fraction <= low || fraction >= high) fraction = (low + high) / 2;
+    }
+    return share;
   }
 
   void sample(int64_t n) {  // greedy
@@ -241,6 +400,15 @@ class OpTable {
     std::iota(x.begin(), x.end(), 0);
     return x;
   }
+  static std::vector<int32_t> shuffled(int64_t n) {  // pages in no order, as a pool that has been in use hands them out
+    std::vector<int32_t> x = counting(n);
+    uint64_t state = 1;
+    for (size_t i = x.size(); i > 1; --i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      std::swap(x[i - 1], x[(state >> 33) % i]);
+    }
+    return x;
+  }
   static int64_t sets_of(int64_t bytes) { return std::clamp((kRotatedBytes + bytes - 1) / bytes, int64_t{1}, kMostSets); }
   template <class... Sizes>
   static std::string dims(Sizes... sizes) {
@@ -259,6 +427,7 @@ class OpTable {
   // `make` takes the memory and gives the launches. The same operation at the same size is measured once.
   template <class Make>
   void measure(const std::string& name, const std::string& shape, double bytes, double flops, int64_t calls, Make&& make) {
+    if (group_.find(report_.options.match) == std::string::npos) return;
     Op op{.group = group_, .name = name, .shape = shape, .us = 0, .bytes = bytes, .flops = flops, .calls = calls};
     const std::string key = name + " " + shape;
     if (const auto known = seen_.find(key); known != seen_.end()) {

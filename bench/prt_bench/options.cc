@@ -27,6 +27,20 @@ std::vector<int64_t> numbers(const std::string& option, const std::string& text,
   return list;
 }
 
+std::vector<double> shares(const std::string& option, const std::string& text) {
+  std::vector<double> list;
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t comma = std::min(text.find(',', begin), text.size());
+    double value = 0;
+    const auto [end, error] = std::from_chars(text.data() + begin, text.data() + comma, value);
+    if (error != std::errc() || end != text.data() + comma || !(value > 0 && value < 1))
+      throw Failure(2, option + ": '" + text.substr(begin, comma - begin) + "' is not a share between 0 and 1");
+    list.push_back(value);
+    begin = comma + 1;
+  }
+  return list;
+}
+
 constexpr int64_t kMostTokens = 1 << 23, kMostSequences = 1024;
 
 }  // namespace
@@ -45,8 +59,14 @@ std::string usage() {
   --device ID           cpu, cuda:0, ... (the first usable GPU, else the CPU)
   -t, --threads N       CPU threads (one per core)
   --chunk N             rows of an internal step of the library (its own choice)
+  --attention full|tactic  tactic: also generate with sparse attention, beside dense (full)
+  --selected LIST       the shares of the clustered rows that sparse attention reads, whatever their mass, after the union over the query
+                        heads of a kv head: 0.005,0.01,0.02. Attention over random weights is flat, and p would choose nearly all.
+                        With --ops also times selection and attention alone
+  --structured          keys of the operations' caches lie in clusters, as real ones do, instead of being noise
   --ops                 also time every operation alone, as a share of the machine's ceilings (GPU)
   --ops-only            the same without the end-to-end tests
+  --match TEXT          of the operations only the groups with this in their title: "decode attention"
   --no-ceilings         do not measure the machine's ceilings first
   --commit TEXT         the commit to record (the one it was built from)
   -q, --quiet           no progress on stderr
@@ -91,7 +111,14 @@ Options parse_options(int argc, char** argv) {
     else if (name == "-b" || name == "--batch") o.batch = numbers(name, value(), 1, kMostSequences);
     else if (name == "-r" || name == "--repetitions") o.repetitions = number(name, value(), 1, 10000);
     else if (name == "-t" || name == "--threads") o.threads = number(name, value(), 1, 4096);
-    else if (name == "--chunk") o.chunk = number(name, value(), 1, 1 << 16);
+    else if (name == "--match") o.match = value();
+    else if (name == "--selected") o.selected = shares(name, value());
+    else if (name == "--structured") o.structured = true;
+    else if (name == "--attention") {
+      const std::string policy = value();
+      if (policy != "full" && policy != "tactic") throw Failure(2, "--attention is '" + policy + "', expected full or tactic");
+      o.tactic = policy == "tactic";
+    } else if (name == "--chunk") o.chunk = number(name, value(), 1, 1 << 16);
     else throw Failure(2, "'" + std::string(argv[i]) + "' is not an option; prt-bench --help lists them");
     if (equals != std::string::npos && inline_value.empty()) throw Failure(2, name + " needs a value");
   }

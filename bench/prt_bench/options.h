@@ -16,11 +16,14 @@ struct Failure : std::runtime_error {
 };
 
 struct Options {
-  std::string config = "llama3.1-8b", device, output = "md", out_file, commit;
+  std::string config = "llama3.1-8b", device, output = "md", out_file, commit, match;
   std::vector<int64_t> n_prompt = {512}, n_gen = {128}, depth = {0}, batch = {1};
   int64_t repetitions = 5;
   int64_t chunk = 0;    // rows of an internal step of the library; 0: its own choice
   int64_t threads = 0;  // CPU threads; 0: the library's choice
+  bool tactic = false;           // decode sparsely as well
+  std::vector<double> selected;  // shares of the clustered rows that sparse attention reads; none: as many as it takes to reach p
+  bool structured = false;       // operations: keys in clusters instead of noise
   bool end_to_end = true, ops = false, ceilings = true, quiet = false;
   bool help = false, version = false, list_configs = false;
 };

@@ -74,8 +74,8 @@ Object model_object(const NamedConfig& n) {
   return o.add("rope_theta", double{c.rope_theta}).add("rope_factor", c.rope_kind == PRT_ROPE_LLAMA3 ? double{c.rope_factor} : 0.0);
 }
 
-// What the process takes besides weights and KV: the CUDA context, kernels, workspace.
-int64_t beyond(const Report& r) { return r.used_after - r.used_before - r.weight_bytes - r.kv_bytes; }
+// What the process takes besides weights, KV and its index: the CUDA context, kernels, workspace.
+int64_t beyond(const Report& r) { return r.used_after - r.used_before - r.weight_bytes - r.kv_bytes - r.index_bytes; }
 
 std::string to_json(const Report& r) {
   Object machine, ceilings, memory;
@@ -84,6 +84,7 @@ std::string to_json(const Report& r) {
   machine.add("sm_mhz_max", r.machine.sm_mhz_max).add("memory_mhz_max", r.machine.memory_mhz_max);
   machine.add("power_limit_watts", r.machine.power_limit_watts);
   memory.add("weight_bytes", r.weight_bytes).add("kv_bytes", r.kv_bytes).add("workspace_bytes", r.workspace_bytes);
+  if (r.index_bytes > 0) memory.add("index_bytes", r.index_bytes);
   if (r.used_after > 0)
     memory.add("used_before", r.used_before)
         .add("used_by_cuda", r.used_by_cuda)
@@ -109,6 +110,12 @@ std::string to_json(const Report& r) {
             o.add("test", t.name()).add("n_prompt", t.is_prompt ? t.n : int64_t{0}).add("n_gen", t.is_prompt ? int64_t{0} : t.n);
             o.add("depth", t.depth).add("batch", t.batch).add("tok_s_mean", mean(rate)).add("tok_s_sd", deviation(rate));
             o.add("bytes", t.bytes).add("flops", t.flops);
+            if (t.tactic)
+              o.add("selected", t.selected)
+                  .add("selected_rows", t.selected_rows)
+                  .add("read_rows", t.read_rows)
+                  .add("prompt_seconds", t.prompt_seconds)
+                  .add("cluster_seconds", t.cluster_seconds);
             if (r.ceilings) o.add("share", r.share(t.mean_seconds(), t.bytes, t.flops));
             return o.add("tok_s", rate);
           }));
@@ -117,6 +124,7 @@ std::string to_json(const Report& r) {
             Object o;
             o.add("group", op.group).add("op", op.name).add("shape", op.shape).add("us", op.us).add("bytes", op.bytes);
             o.add("flops", op.flops).add("calls", op.calls);
+            if (op.selected > 0) o.add("selected", op.selected).add("selected_rows", op.selected_rows);
             if (r.ceilings) o.add("share", r.share(op.us * 1e-6, op.bytes, op.flops));
             return o;
           }));
@@ -165,6 +173,11 @@ std::string to_markdown(const Report& r) {
         "\nmemory: weights %.2f GB, KV %.2f GB, everything else %.0f MiB (CUDA itself %.0f, workspace %.0f, kernels and the rest %.0f)\n",
         r.weight_bytes / 1e9, r.kv_bytes / 1e9, mib(beyond(r)), mib(r.used_by_cuda - r.used_before), mib(r.workspace_bytes),
         mib(beyond(r) - (r.used_by_cuda - r.used_before) - r.workspace_bytes));
+  for (const Test& t : r.tests)
+    if (t.tactic)
+      out += format("%s: %.2f %% of the clustered rows, %.2f %% of all rows read; clustering %.3f s, %.1f %% of the prompts' %.2f s\n",
+                    t.name().c_str(), 100 * t.selected_rows, 100 * t.read_rows, t.cluster_seconds,
+                    100 * t.cluster_seconds / std::max(t.prompt_seconds, 1e-9), t.prompt_seconds);
   for (const Skipped& s : r.skipped) out += "skipped: " + s.test + ": " + s.why + "\n";
   std::string group;
   double step = 0;
@@ -191,6 +204,8 @@ std::string Test::name() const {
   std::string s = (is_prompt ? "pp" : "tg") + std::to_string(n);
   if (depth > 0) s += " @ d" + std::to_string(depth);
   if (batch > 1) s += " b" + std::to_string(batch);
+  if (tactic) s += " tactic";
+  if (selected > 0) s += format(" %g %%", 100 * selected);
   return s;
 }
 std::vector<double> Test::tok_s() const {

@@ -26,8 +26,12 @@ struct Machine {
 struct Test {
   bool is_prompt = false;
   int64_t n = 0, depth = 0, batch = 1;
+  bool tactic = false;   // sparse attention, which was asked to read `selected` of the clustered rows; 0: to reach p
+  double selected = 0;
   std::vector<double> seconds;
   double bytes = 0, flops = 0;
+  double selected_rows = 0, read_rows = 0;  // of the clustered rows, of all rows: what it did read
+  double prompt_seconds = 0, cluster_seconds = 0;  // for the tokens before: reading them, clustering them
 
   std::string name() const;
   std::vector<double> tok_s() const;
@@ -39,6 +43,7 @@ struct Op {
   std::string group, name, shape;
   double us = 0, bytes = 0, flops = 0;
   int64_t calls = 0;
+  double selected = 0, selected_rows = 0;  // sparse attention: the share of the clustered rows that was asked for, and what it became
 };
 
 struct Skipped {
@@ -50,7 +55,7 @@ struct Report {
   NamedConfig config;
   Machine machine;
   std::optional<Ceilings> ceilings;
-  int64_t weight_bytes = 0, kv_bytes = 0, workspace_bytes = 0;
+  int64_t weight_bytes = 0, kv_bytes = 0, workspace_bytes = 0, index_bytes = 0;
   // GPU memory in use by everybody: at the start, once CUDA itself runs there, and with the model and its session.
   int64_t used_before = 0, used_by_cuda = 0, used_after = 0;
   double load_seconds = 0;

@@ -6,17 +6,15 @@
 
 #include "attention/sparse.h"
 #include "ops/cpu_table.h"
+#include "ops/cuda_table.h"
 
 namespace prt {
 
-void no_gpu_form() { fail(PRT_UNSUPPORTED, "attention 'tactic' has no GPU form yet: use attention 'full' there, or device 'cpu'"); }
-
 void check_index(const char* op, const ClusterIndex& x, int64_t n_page, int64_t h_kv, int64_t d) {
-  check_shape(op, "centroid", x.centroid, DType::bf16, {n_page, h_kv, -1, d});
+  check_shape(op, "centroid", x.centroid, DType::f8, {n_page, h_kv, -1, d});
   const int64_t n_slot = x.centroid.shape[2];
   check(n_slot >= 1 && n_slot <= kPageTokens, op, ": centroid has ", n_slot, " clusters per page, expected 1..", kPageTokens);
-  check_shape(op, "variance", x.variance, DType::bf16, {n_page, h_kv, n_slot, d});
-  check_shape(op, "value", x.value, DType::bf16, {n_page, h_kv, n_slot, d});
+  check_shape(op, "variance", x.variance, DType::f8, {n_page, h_kv, n_slot, d});
   check_shape(op, "range", x.range, DType::i32, {n_page, h_kv, n_slot, 2});
 }
 
@@ -30,6 +28,7 @@ void check_contents(const Cluster& a) {
 }
 
 int64_t cluster_scratch_bytes(const Backend& backend, int64_t n_page, int64_t n_slot, int64_t d) {
+  if (backend.cuda) return backend.cuda->cluster_scratch_bytes(*backend.stream, n_page, n_slot, d);
   return 4 * backend.pool->size() * cluster_thread_floats(n_page * kPageTokens, n_page * n_slot, d);
 }
 
@@ -43,12 +42,14 @@ void cluster(const Backend& backend, const Cluster& a) {
   check(a.pages.shape[1] >= 1 && a.pages.shape[1] <= kMaxSegmentPages, op, ": a segment has ", a.pages.shape[1], " pages, expected 1..",
         kMaxSegmentPages);
   check_index(op, a.index, n_page, h_kv, d);
+  const int64_t n_slot = a.index.centroid.shape[2];
+  check_shape(op, "value", a.index.value, DType::f8, {n_page, h_kv, n_slot, d});
   check_shape(op, "order", a.index.order, DType::u16, {n_page, h_kv, kPageTokens});
   check(a.iterations >= 1 && a.iterations <= 1000, op, ": iterations is ", a.iterations, ", expected 1..1000");
-  if (backend.cuda) no_gpu_form();
-  check_contents(a);
-  const int64_t need = cluster_scratch_bytes(backend, a.pages.shape[1], a.index.centroid.shape[2], d);
+  const int64_t need = cluster_scratch_bytes(backend, a.pages.shape[1], n_slot, d);
   check(a.scratch.bytes() >= need, op, ": scratch has ", a.scratch.bytes(), " bytes, ", need, " are needed");
+  if (backend.cuda) return backend.cuda->cluster(*backend.stream, a);
+  check_contents(a);
   backend.cpu->cluster(*backend.pool, a);
 }
 

@@ -142,8 +142,8 @@ PRT_INLINE void permute(const Segment& s, const Tensor& pages, const ClusterWork
 
 PRT_INLINE void put_mean(const Segment& s, const ClusterWork& w, const Tensor& to) {
   for (int64_t j = 0; j < w.k; ++j) {
-    uint16_t* out = static_cast<uint16_t*>(to.data) + Segment::slot_at(s, j) * w.d;
-    for (int64_t i = 0; i < w.d; ++i) out[i] = Bf16::put(w.count[j] > 0 ? w.sums[j * w.d + i] / static_cast<float>(w.count[j]) : 0);
+    uint8_t* out = static_cast<uint8_t*>(to.data) + Segment::slot_at(s, j) * w.d;
+    for (int64_t i = 0; i < w.d; ++i) out[i] = F8::put(w.count[j] > 0 ? w.sums[j * w.d + i] / static_cast<float>(w.count[j]) : 0);
   }
 }
 

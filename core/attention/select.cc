@@ -1,13 +1,14 @@
-// prt_op_run("select", {ranges, n_range, tail or empty, mass, true_mass or empty, q, k_pages, page_table, kv_len, closed, centroid,
-// variance,
-//                       value, range}, {scale, p, estimator})
+// prt_op_run("select", {ranges, n_range, tail or empty, mass, true_mass or empty, counters or empty, q, k_pages, page_table, kv_len,
+//                       closed, centroid, variance, range}, {scale, p, fraction, estimator})
 #include "attention/sparse.h"
 #include "ops/cpu_table.h"
+#include "ops/cuda_table.h"
 
 namespace prt {
 
 // Per query head: five numbers for each cluster.
-int64_t select_scratch_bytes(int64_t n_entry, int64_t h_q, int64_t max_pages, int64_t n_slot) {
+int64_t select_scratch_bytes(const Backend& backend, int64_t n_entry, int64_t h_q, int64_t h_kv, int64_t max_pages, int64_t n_slot) {
+  if (backend.cuda) return backend.cuda->select_scratch_bytes(*backend.stream, n_entry, h_q, h_kv, max_pages, n_slot);
   return 20 * n_entry * h_q * max_pages * n_slot;
 }
 
@@ -58,16 +59,18 @@ void select(const Backend& backend, const Select& a) {
   const int64_t max_range = select_max_range(a.page_table.shape[1], n_slot);
   check(a.ranges.shape[2] >= max_range, op, ": ranges has room for ", a.ranges.shape[2], ", expected at least ", max_range);
   check_shape(op, "n_range", a.n_range, DType::i32, {n_entry, h_kv});
-  if (a.tail) check_shape(op, "tail", a.tail, DType::f32, {n_entry, h_q, d + 2});
+  if (a.tail) check_shape(op, "tail", a.tail, DType::f32, {n_entry, h_q, a.page_table.shape[1] * n_slot});
   check_shape(op, "mass", a.mass, DType::f32, {n_entry, h_q});
   if (a.true_mass) check_shape(op, "true_mass", a.true_mass, DType::f32, {n_entry, h_q});
+  if (a.counters) check_shape(op, "counters", a.counters, DType::i64, {h_kv, kAttentionCounters});
   check(a.scale > 0 && a.scale <= 1e30f, op, ": scale is ", a.scale, ", expected a positive number");
   check(a.p > 0 && a.p <= 1, op, ": p is ", a.p, ", expected above 0 and up to 1");
+  check(a.fraction >= 0 && a.fraction <= 1, op, ": fraction is ", a.fraction, ", expected 0..1");
   check(a.estimator == Estimator::fit || a.estimator == Estimator::moment, op, ": estimator is ", static_cast<int32_t>(a.estimator),
         ", expected 0 (fit) or 1 (moment)");
-  const int64_t need = select_scratch_bytes(n_entry, h_q, a.page_table.shape[1], n_slot);
+  const int64_t need = select_scratch_bytes(backend, n_entry, h_q, h_kv, a.page_table.shape[1], n_slot);
   check(a.scratch.bytes() >= need, op, ": scratch has ", a.scratch.bytes(), " bytes, ", need, " are needed");
-  if (backend.cuda) no_gpu_form();
+  if (backend.cuda) return backend.cuda->select(*backend.stream, a);
   check_contents(a);
   backend.cpu->select(*backend.pool, a);
 }

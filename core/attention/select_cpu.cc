@@ -1,6 +1,7 @@
 #include "attention/sparse.h"
 #include "cpu/attend.h"
 #include "cpu/dot.h"
+#include "cpu/softmax.h"
 #include "ops/cpu_table.h"
 
 namespace prt::PRT_ISA {
@@ -12,8 +13,8 @@ struct Query {
   const Select& a;
   int64_t entry, head, kv_head, d, n_slot, first_page, n_cluster;
   const float* q;
-  // Estimated log of the cluster's mass; the same without the variance; what clusters are sorted by.
-  float *log_mass, *plain, *rank;
+  // Estimated log of the cluster's mass; the same as it goes to the tail; what clusters are sorted by.
+  float *log_mass, *rest, *rank;
   int32_t *order, *chosen;
   PRT_INLINE Query of(const Select& a, int64_t entry, int64_t head) {
     const int64_t d = a.k_pages.shape[3], h_q = a.q.shape[1] / d, n_slot = a.index.centroid.shape[2];
@@ -91,37 +92,47 @@ PRT_INLINE Mass open_mass(const Query& x) {
   return mass;
 }
 
-PRT_INLINE float log1(float x) { return static_cast<float>(__builtin_log(static_cast<double>(x))); }
+// The logarithm of a number of rows; most are small.
+struct LogTable {
+  float small[kPageTokens];
+  PRT_INLINE float log1(int64_t n) { return static_cast<float>(__builtin_log(static_cast<double>(n))); }
+  PRT_INLINE void fill(LogTable& t) {
+    for (int64_t n = 1; n < kPageTokens; ++n) t.small[n] = log1(n);
+  }
+  PRT_INLINE float at(const LogTable& t, int64_t n) { return n < kPageTokens ? t.small[n] : log1(n); }
+};
 
 // log_mass and rank of every cluster. -> the largest log_mass
-PRT_INLINE float score_clusters(const Query& x) {
+PRT_INLINE float score_clusters(const Query& x, const LogTable& logs) {
   const bool moment = x.a.estimator == Estimator::moment;
   const float half_square = 0.5f * x.a.scale * x.a.scale;
-  float top = -__builtin_inff();
-  for (int64_t j = 0; j < x.n_cluster; ++j) {
-    const int64_t at = slot_of(x, j) * x.d;
-    const uint16_t *c = static_cast<const uint16_t*>(x.a.index.centroid.data) + at,
-                   *v = static_cast<const uint16_t*>(x.a.index.variance.data) + at;
-    vf dot{}, spread{};
-    int64_t i = 0;
-    for (; i + kWidth <= x.d; i += kWidth) {
-      const vf q = load(x.q + i);
-      dot = fma(q, Bf16::load(c + i), dot);
-      if (moment) spread = fma(q * q, Bf16::load(v + i), spread);
+  float top = -__builtin_inff(), square[kMaxHead], mean[kPageTokens], wide[kPageTokens] = {};
+  for (int64_t i = 0; i < x.d; ++i) square[i] = x.q[i] * x.q[i];
+  for (int64_t j = 0; j < x.n_cluster; j += x.n_slot) {  // a page at a time
+    const int64_t at = slot_of(x, j);
+    const uint8_t *c = static_cast<const uint8_t*>(x.a.index.centroid.data) + at * x.d,
+                  *v = static_cast<const uint8_t*>(x.a.index.variance.data) + at * x.d;
+    const int32_t* range = static_cast<const int32_t*>(x.a.index.range.data) + at * 2;
+    int64_t s = 0;
+    for (; s + 4 <= x.n_slot; s += 4) {
+      dot_tile<DotF32<F8>, 1, 4>(x.q, 0, c + s * x.d, x.d, x.d, mean + s);
+      if (moment) dot_tile<DotF32<F8>, 1, 4>(square, 0, v + s * x.d, x.d, x.d, wide + s);
     }
-    float mean = sum(dot), wide = sum(spread);
-    for (; i < x.d; ++i) {
-      mean += x.q[i] * Bf16::get(c[i]);
-      if (moment) wide += x.q[i] * x.q[i] * Bf16::get(v[i]);
+    for (; s < x.n_slot; ++s) {
+      dot_tile<DotF32<F8>, 1, 1>(x.q, 0, c + s * x.d, x.d, x.d, mean + s);
+      if (moment) dot_tile<DotF32<F8>, 1, 1>(square, 0, v + s * x.d, x.d, x.d, wide + s);
     }
-    const int64_t n = rows_of(x, j).n;
-    const float log_n = log1(static_cast<float>(n > 0 ? n : 1));
-    x.plain[j] = n > 0 ? mean * x.a.scale + log_n : -__builtin_inff();
-    x.log_mass[j] = x.plain[j] + wide * half_square;
-    x.rank[j] = (moment ? x.log_mass[j] : x.plain[j]) - log_n;  // per row: by mass, large clusters of little worth would come first
-    x.order[j] = static_cast<int32_t>(j);
-    x.chosen[j] = 0;
-    top = top > x.log_mass[j] ? top : x.log_mass[j];
+    for (s = 0; s < x.n_slot; ++s) {
+      const int64_t n = range[2 * s + 1];
+      const float log_n = n > 0 ? LogTable::at(logs, n) : -__builtin_inff(), m = mean[s] * x.a.scale;
+      x.rank[j + s] = m + wide[s] * half_square;  // per row: by mass, large clusters of little worth would come first
+      x.rest[j + s] = m + kTailSpread * wide[s] * half_square + log_n;
+      x.log_mass[j + s] = x.rank[j + s] + log_n;
+      if (n == 0) x.rank[j + s] = -__builtin_inff();
+      x.order[j + s] = static_cast<int32_t>(j + s);
+      x.chosen[j + s] = 0;
+      top = top > x.log_mass[j + s] ? top : x.log_mass[j + s];
+    }
   }
   return top;
 }
@@ -151,25 +162,44 @@ PRT_INLINE int64_t pop(const Query& x, int64_t n) {
 
 PRT_INLINE float share(double part, double all) { return all > 0 ? static_cast<float>(part / all) : 1.0f; }
 
-// Clusters in the order of their estimated mass per row. What is taken is counted exactly, so a wrong estimate is corrected on the way.
+// The cut is at the share p of the mass, or at `fraction` of the clustered rows.
+struct Cut {
+  double p, n_row;
+  PRT_INLINE Cut of(const Query& x) {
+    return {static_cast<double>(x.a.p), static_cast<double>(x.a.fraction) * static_cast<double>(x.n_cluster / x.n_slot * kPageTokens)};
+  }
+  PRT_INLINE bool reached(const Cut& c, double mass, double all, double rows) {
+    return c.n_row > 0 ? rows >= c.n_row : c.p < 1 && mass >= c.p * all;
+  }
+};
+
+// Clusters in the order of their estimated mass per row. The first kExactClusters are counted exactly as they are taken, so a wrong
+// estimate is corrected on the way; what these turn out to be worth corrects the estimates of the others.
 template <class W>
 PRT_INLINE float choose_by_moment(const Query& x, const Mass& open, float top) {
-  double taken = Mass::under(open, top), rest = 0;
-  for (int64_t j = 0; j < x.n_cluster; ++j) rest += static_cast<double>(exp1(x.log_mass[j] - top));
-  const auto p = static_cast<double>(x.a.p);
+  const Cut cut = Cut::of(x);
+  double taken = Mass::under(open, top), rest = sum_exp(x.log_mass, x.n_cluster, top, 1.0f), exact = 0, estimated = 0, worth = 1, rows = 0;
   make_heap(x);
-  for (int64_t n = x.n_cluster; n > 0 && (p == 1 || taken < p * (taken + rest)); --n) {
-    const int64_t j = pop(x, n);
-    const RowRange rows = rows_of(x, j);
-    if (rows.n == 0) break;  // only empty ones are left
-    rest -= static_cast<double>(exp1(x.log_mass[j] - top));
-    if (rest < 0) rest = 0;
-    Mass mass;
-    add_rows<W>(x, rows, mass);
-    taken += Mass::under(mass, top);
+  for (int64_t i = 0; i < x.n_cluster && !Cut::reached(cut, taken, taken + worth * rest, rows); ++i) {
+    const int64_t j = pop(x, x.n_cluster - i);
+    const RowRange here = rows_of(x, j);
+    if (here.n == 0) break;  // only empty ones are left
+    const auto mass = static_cast<double>(exp1(x.log_mass[j] - top));
+    rest = rest > mass ? rest - mass : 0;
+    rows += static_cast<double>(here.n);
     x.chosen[j] = 1;
+    if (i >= kExactClusters) {
+      taken += worth * mass;
+      continue;
+    }
+    Mass counted;
+    add_rows<W>(x, here, counted);
+    exact += Mass::under(counted, top);
+    estimated += mass;
+    taken += Mass::under(counted, top);
+    if (i + 1 == kExactClusters && estimated > 0) worth = exact / estimated;
   }
-  return share(taken, taken + rest);
+  return share(taken, taken + worth * rest);
 }
 
 // The published curve (Tactic, section 4.2). Positions count rows of closed segments, sorted by their cluster's rank.
@@ -208,6 +238,7 @@ PRT_INLINE float choose_by_fit(const Query& x, const Mass& open, float top) {
     const double area = slope * __builtin_log(x1 / x0) + level * (x1 - x0);
     return area > 0 ? area : 0;
   };
+  const Cut cut = Cut::of(x);
   double total = Mass::under(open, top), taken = total;
   for (int pass = 0; pass < 2; ++pass) {
     at = 0;
@@ -215,7 +246,7 @@ PRT_INLINE float choose_by_fit(const Query& x, const Mass& open, float top) {
       const int64_t j = cluster_at(i);
       const auto n = static_cast<double>(rows_of(x, j).n);
       if (n == 0) break;
-      if (pass == 1 && x.a.p < 1 && taken >= static_cast<double>(x.a.p) * total) break;
+      if (pass == 1 && Cut::reached(cut, taken, total, at)) break;
       const bool head = at < kHead * n_row;
       if (pass == 0 && head) x.log_mass[j] = static_cast<float>(exact(j));
       const double mass = head ? static_cast<double>(x.log_mass[j]) : curve(at, at + n);
@@ -227,25 +258,6 @@ PRT_INLINE float choose_by_fit(const Query& x, const Mass& open, float top) {
   return share(taken, total);
 }
 
-// Everything but the union's clusters, as one softmax term: sum, top, total.
-PRT_INLINE void estimate_rest(const Query& x, const int32_t* in_union, float* out) {
-  float top = -__builtin_inff(), total = 0;
-  for (int64_t j = 0; j < x.n_cluster; ++j)
-    if (!in_union[j] && x.plain[j] > top) top = x.plain[j];
-  __builtin_memset(out, 0, static_cast<size_t>(x.d) * sizeof(float));
-  for (int64_t j = 0; j < x.n_cluster; ++j) {
-    if (in_union[j] || rows_of(x, j).n == 0) continue;
-    const float weight = exp1(x.plain[j] - top);
-    const uint16_t* value = static_cast<const uint16_t*>(x.a.index.value.data) + slot_of(x, j) * x.d;
-    total += weight;
-    int64_t i = 0;
-    for (; i + kWidth <= x.d; i += kWidth) store(out + i, fma(splat(weight), Bf16::load(value + i), load(out + i)));
-    for (; i < x.d; ++i) out[i] += weight * Bf16::get(value[i]);
-  }
-  out[x.d] = top;
-  out[x.d + 1] = total;
-}
-
 // The union of the group's choices goes to the first head's `chosen`; then it is written as ranges, neighbours joined.
 PRT_INLINE void write_union(const Select& a, int64_t entry, int64_t kv_head, int64_t group) {
   const Query x = Query::of(a, entry, kv_head * group);
@@ -254,16 +266,13 @@ PRT_INLINE void write_union(const Select& a, int64_t entry, int64_t kv_head, int
     for (int64_t j = 0; j < x.n_cluster; ++j) x.chosen[j] |= chosen[j];
   }
   int32_t* out = a.ranges.row<int32_t>(entry) + kv_head * a.ranges.shape[2] * 2;
-  int64_t n = 0, end = -1;
+  int64_t n = 0, end = -1, total = 0;
   const auto put = [&](RowRange rows) {
     if (rows.n == 0) return;
-    if (rows.first == end) {
-      out[2 * n - 1] += static_cast<int32_t>(rows.n);
-    } else {
-      out[2 * n] = static_cast<int32_t>(rows.first);
-      out[2 * n++ + 1] = static_cast<int32_t>(rows.n);
-    }
+    if (rows.first != end) out[2 * n++] = static_cast<int32_t>(rows.first);
     end = rows.first + rows.n;
+    total += rows.n;
+    out[2 * n - 1] = static_cast<int32_t>(total);
   };
   const int32_t len = static_cast<const int32_t*>(a.kv_len.data)[entry], *closed = a.closed.row<int32_t>(entry);
   put({0, closed[0] * kPageTokens});
@@ -278,19 +287,43 @@ PRT_INLINE float measure(const Query& x) {
   Mass all, held;
   add_rows<W>(x, {0, static_cast<const int32_t*>(x.a.kv_len.data)[x.entry]}, all);
   const int32_t* range = x.a.ranges.row<int32_t>(x.entry) + x.kv_head * x.a.ranges.shape[2] * 2;
-  for (int32_t i = 0; i < x.a.n_range.row<int32_t>(x.entry)[x.kv_head]; ++i) add_rows<W>(x, {range[2 * i], range[2 * i + 1]}, held);
+  for (int32_t i = 0; i < x.a.n_range.row<int32_t>(x.entry)[x.kv_head]; ++i)
+    add_rows<W>(x, {range[2 * i], range[2 * i + 1] - (i > 0 ? range[2 * i - 1] : 0)}, held);
   return share(Mass::under(held, all.top), all.total);
+}
+
+PRT_INLINE void count(const Select& a, int64_t entry, int64_t kv_head, int64_t group) {
+  AttentionCounters& c = static_cast<AttentionCounters*>(a.counters.data)[kv_head];
+  const int32_t *closed = a.closed.row<int32_t>(entry), n = a.n_range.row<int32_t>(entry)[kv_head],
+                *range = a.ranges.row<int32_t>(entry) + kv_head * a.ranges.shape[2] * 2;
+  const int64_t context = static_cast<const int32_t*>(a.kv_len.data)[entry], exact = context - (closed[1] - closed[0]) * kPageTokens;
+  ++c.n_step;
+  c.n_context += context;
+  c.n_exact += exact;
+  c.n_selected += (n > 0 ? range[2 * n - 1] : 0) - exact;
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    ++c.n_mass;
+    c.mass += static_cast<int64_t>(a.mass.row<float>(entry)[h] * 0x1p32f);
+    if (!a.true_mass.data) continue;
+    const float share = a.true_mass.row<float>(entry)[h];
+    ++c.n_true;
+    c.true_mass += static_cast<int64_t>(share * 0x1p32f);
+    c.n_reached += share >= a.p;
+    ++c.histogram[max64(0, min64(static_cast<int64_t>(share * PRT_MASS_BINS), PRT_MASS_BINS - 1))];
+  }
 }
 
 }  // namespace
 
 void select(ThreadPool& pool, const Select& a) {
   const int64_t d = a.k_pages.shape[3], h_kv = a.k_pages.shape[1], h_q = a.q.shape[1] / d, group = h_q / h_kv, n_entry = a.q.shape[0];
+  LogTable logs;
+  LogTable::fill(logs);
   with_weight(static_cast<int32_t>(a.k_pages.dtype), [&](auto format) {
     using W = decltype(format);
     pool.parallel_for(n_entry * h_q, [&](int64_t item, int32_t) {
       const Query x = Query::of(a, item / h_q, item % h_q);
-      const float highest = score_clusters(x);
+      const float highest = score_clusters(x, logs);
       const Mass open = open_mass<W>(x);
       const float top = open.top > highest ? open.top : highest;
       a.mass.row<float>(x.entry)[x.head] =
@@ -302,11 +335,13 @@ void select(ThreadPool& pool, const Select& a) {
       const int32_t* in_union = Query::of(a, entry, kv_head * group).chosen;
       for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
         const Query x = Query::of(a, entry, h);
-        if (a.tail.data) estimate_rest(x, in_union, a.tail.row<float>(entry) + h * (d + 2));
+        float* tail = a.tail.data ? a.tail.row<float>(entry) + h * a.tail.shape[2] : nullptr;
+        for (int64_t j = 0; tail && j < x.n_cluster; ++j) tail[j] = in_union[j] ? -__builtin_inff() : x.rest[j];
         if (a.true_mass.data) a.true_mass.row<float>(entry)[h] = measure<W>(x);
       }
     });
   });
+  for (int64_t i = 0; a.counters.data && i < n_entry * h_kv; ++i) count(a, i / h_kv, i % h_kv, group);
 }
 
 }  // namespace prt::PRT_ISA

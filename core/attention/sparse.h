@@ -12,9 +12,9 @@ namespace prt {
 constexpr int64_t kMaxSegmentPages = 1024;  // rows of a segment are numbered in 16 bits
 
 struct ClusterIndex {
-  Tensor centroid;  // [n_page][h_kv][n_slot][d_head] bf16: mean key
-  Tensor variance;  // [n_page][h_kv][n_slot][d_head] bf16: of the keys about the centroid, per dimension
-  Tensor value;  // [n_page][h_kv][n_slot][d_head] bf16: mean value
+  Tensor centroid;  // [n_page][h_kv][n_slot][d_head] f8 (e4m3, saturated): mean key
+  Tensor variance;  // [n_page][h_kv][n_slot][d_head] f8: of the keys about the centroid, per dimension
+  Tensor value;  // [n_page][h_kv][n_slot][d_head] f8: mean value
   Tensor range;  // [n_page][h_kv][n_slot][2] i32: first row, counted from the first row of the slot's page; number of rows, may be 0
   Tensor order;  // [n_page][h_kv][64] u16: the row of the segment, before, of what is now stored here
 };
@@ -50,38 +50,67 @@ enum class Estimator : int32_t {
 };
 
 // Which rows each kv head attends to. Rows outside the closed segments (sinks, recent window) are always taken, and their exact mass
-// counts. Per query head the smallest prefix of clusters that reaches the share `p` of the estimated mass; the kv head takes the union of
-// its group.
+// counts. Per query head the smallest prefix of clusters, by estimated mass per row, that reaches the share `p` of the mass; the kv head
+// takes the union of its group.
+//
+// `moment`: the first kExactClusters of the ranking are counted exactly, one after the other, each against what is then estimated to be
+// left; a head that has not reached p by then goes on by the estimates, scaled by what the exactly counted ones turned out to be worth.
 struct Select {
-  Tensor ranges;  // out [n_entry][h_kv][max_range][2] i32: first row of the sequence as stored, number of rows; ascending
+  Tensor ranges;  // out [n_entry][h_kv][max_range][2] i32, ascending: first row of the sequence as stored; rows up to here, of all ranges
   Tensor n_range;  // out [n_entry][h_kv] i32
-  Tensor tail;  // out [n_entry][h_q][d_head + 2] f32, or missing: the estimated rest, as sum, top and total of a softmax
+  Tensor tail;  // out [n_entry][h_q][max_pages * n_slot] f32, or missing: log of the mass that cluster j of the closed pages is given where
+                // the kv head does not attend to it; -inf where it does, or if it is empty. What is after the last cluster is not written
   Tensor mass;  // out [n_entry][h_q] f32: the estimated share that the head's own choice reaches
   Tensor true_mass;  // out [n_entry][h_q] f32, or missing: the share of the exact mass that `ranges` holds. Costs a pass over all keys
+  Tensor counters;  // in and out [h_kv][kAttentionCounters] i64, or missing: adds to what is there
   Tensor q;  // [n_entry][h_q * d_head] act
   Tensor k_pages;  // [n_page][h_kv][64][d_head]
   Tensor page_table;  // [n_entry][max_pages] i32
   Tensor kv_len;  // [n_entry] i32
   Tensor closed;  // [n_entry][2] i32: first and end of the pages (of the page table) that closed segments fill
-  ClusterIndex index;  // without `order`
+  ClusterIndex index;  // without `order` and `value`
   float scale, p;
+  float fraction;  // 0; for benchmarks: the cut is where this share of the clustered rows is taken, whatever their mass
   Estimator estimator;
   Tensor scratch;  // [select_scratch_bytes() / 4] f32
 };
 void select(const Backend&, const Select&);
-int64_t select_scratch_bytes(int64_t n_entry, int64_t h_q, int64_t max_pages, int64_t n_slot);
+int64_t select_scratch_bytes(const Backend&, int64_t n_entry, int64_t h_q, int64_t h_kv, int64_t max_pages, int64_t n_slot);
 inline int64_t select_max_range(int64_t max_pages, int64_t n_slot) { return max_pages * n_slot + 2; }
+constexpr int64_t kExactClusters = 64;
+// The mass in `tail`: n exp(m + kTailSpread x the variance's term), with `fit` n exp(m). What is left behind are the clusters whose
+// variance says too much, so it is not believed in full; docs/adr/0013 has the table.
+constexpr float kTailSpread = 0.35f;
 
-// Softmax attention of one query row per entry over ranges of rows, plus the estimated rest if it is given.
+// Sums over decode rows, of one kv head. Integers, so that they do not depend on the order in which a GPU adds; shares are in units of
+// 2^-32.
+struct AttentionCounters {
+  int64_t n_step = 0;  // decode rows
+  int64_t n_context = 0;  // rows there were
+  int64_t n_selected = 0;  // rows of the index that were attended to, after the union over the group
+  int64_t n_exact = 0;  // rows that are always attended to: sinks, window, and what is not in the index yet
+  int64_t n_mass = 0;  // query heads x steps
+  int64_t mass = 0;  // sum of the estimated shares
+  int64_t n_true = 0;  // with true_mass: query heads x steps
+  int64_t true_mass = 0;  // sum of the measured shares
+  int64_t n_reached = 0;  // of them, p or more
+  int64_t histogram[PRT_MASS_BINS] = {};  // of the measured shares: bin floor(share x PRT_MASS_BINS), the last one for 1 as well
+};
+constexpr int64_t kAttentionCounters = sizeof(AttentionCounters) / sizeof(int64_t);
+
+// Softmax attention of one query row per entry over ranges of rows, plus the estimated rest if it is given: every cluster of the closed
+// pages counts as one more row, of the score tail[j] and the cluster's mean value.
 struct SparseAttention {
   Tensor out;  // [n_entry][h_q * d_head] act
   Tensor q;  // [n_entry][h_q * d_head] act
   Tensor k_pages;  // [n_page][h_kv][64][d_head]
   Tensor v_pages;  // [n_page][h_kv][64][d_head]
   Tensor page_table;  // [n_entry][max_pages] i32
-  Tensor ranges;  // [n_entry][h_kv][max_range][2] i32
+  Tensor ranges;  // [n_entry][h_kv][max_range][2] i32, as select writes them
   Tensor n_range;  // [n_entry][h_kv] i32
-  Tensor tail;  // [n_entry][h_q][d_head + 2] f32, or missing
+  Tensor tail;  // [n_entry][h_q][max_pages * n_slot] f32, or missing
+  Tensor closed;  // [n_entry][2] i32, with tail
+  Tensor value;  // [n_page][h_kv][n_slot][d_head] f8, with tail
   float scale;
   Tensor scratch;  // [sparse_attention_scratch_bytes() / 4] f32
 };
@@ -95,6 +124,5 @@ void check_contents(const SparseAttention& a);
 
 // Shared by the contracts.
 void check_index(const char* op, const ClusterIndex& index, int64_t n_page, int64_t h_kv, int64_t d);
-[[noreturn]] void no_gpu_form();
 
 }  // namespace prt

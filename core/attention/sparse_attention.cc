@@ -1,7 +1,9 @@
-// prt_op_run("sparse_attention", {out, q, k_pages, v_pages, page_table, ranges, n_range, tail or empty}, {scale})
+// prt_op_run("sparse_attention", {out, q, k_pages, v_pages, page_table, ranges, n_range,
+//                                 tail, closed, value, or these three empty}, {scale})
 #include "attention/sparse_attention.h"
 
 #include "ops/cpu_table.h"
+#include "ops/cuda_table.h"
 
 namespace prt {
 
@@ -12,19 +14,31 @@ void check_contents(const SparseAttention& a) {
     for (int64_t h = 0; h < h_kv; ++h) {
       const int32_t n = a.n_range.row<int32_t>(e)[h], *range = a.ranges.row<int32_t>(e) + h * a.ranges.shape[2] * 2;
       check(n >= 0 && n <= a.ranges.shape[2], op, ": n_range of entry ", e, " is ", n, ", ranges has room for ", a.ranges.shape[2]);
-      for (int64_t i = 0, end = 0; i < n; end = int64_t{range[2 * i]} + range[2 * i + 1], ++i) {
-        const int64_t first = range[2 * i], past = first + range[2 * i + 1];
+      for (int64_t i = 0, end = 0, before = 0; i < n; ++i) {
+        const int64_t first = range[2 * i], past = first + range[2 * i + 1] - before;
         check(first >= end && past > first && past <= rows, op, ": range ", i, " of entry ", e, " holds rows ", first, " to ", past,
               ", expected some from ", end, " on, up to ", rows);
         for (int64_t p = first / kPageTokens; p <= (past - 1) / kPageTokens; ++p) {
           const int32_t page = a.page_table.row<int32_t>(e)[p];
           check(page >= 0 && page < n_page, op, ": page ", page, " (number ", p, " of entry ", e, ") is outside the ", n_page, " pages");
         }
+        end = past, before = range[2 * i + 1];
       }
     }
+  if (!a.tail) return;
+  for (int64_t e = 0; e < a.q.shape[0]; ++e) {
+    const int32_t* closed = a.closed.row<int32_t>(e);
+    check(closed[0] >= 0 && closed[0] <= closed[1] && closed[1] <= a.page_table.shape[1], op, ": entry ", e, " has closed pages ",
+          closed[0], " to ", closed[1], ", its page table ", a.page_table.shape[1]);
+    for (int64_t p = closed[0]; p < closed[1]; ++p) {
+      const int32_t page = a.page_table.row<int32_t>(e)[p];
+      check(page >= 0 && page < n_page, op, ": page ", page, " (number ", p, " of entry ", e, ") is outside the ", n_page, " pages");
+    }
+  }
 }
 
 int64_t sparse_attention_scratch_bytes(const Backend& backend, int64_t n_entry, int64_t max_pages, int64_t h_q, int64_t h_kv, int64_t d) {
+  if (backend.cuda) return backend.cuda->sparse_attention_scratch_bytes(*backend.stream, n_entry, max_pages, h_q, h_kv, d);
   const int64_t chunks = (max_pages * kPageTokens + kChunkTokens - 1) / kChunkTokens;
   return 4 * (backend.pool->size() * sparse_thread_floats(h_q / h_kv, d) + n_entry * chunks * sparse_partial_floats(h_q, d));
 }
@@ -43,12 +57,16 @@ void sparse_attention(const Backend& backend, const SparseAttention& a) {
   check_shape(op, "page_table", a.page_table, DType::i32, {n_entry, -1});
   check_shape(op, "ranges", a.ranges, DType::i32, {n_entry, h_kv, -1, 2});
   check_shape(op, "n_range", a.n_range, DType::i32, {n_entry, h_kv});
-  if (a.tail) check_shape(op, "tail", a.tail, DType::f32, {n_entry, width / d, d + 2});
+  if (a.tail) {
+    check_shape(op, "value", a.value, DType::f8, {n_page, h_kv, -1, d});
+    check_shape(op, "closed", a.closed, DType::i32, {n_entry, 2});
+    check_shape(op, "tail", a.tail, DType::f32, {n_entry, width / d, a.page_table.shape[1] * a.value.shape[2]});
+  }
   check(a.scale > 0 && a.scale <= 1e30f, op, ": scale is ", a.scale, ", expected a positive number");
-  if (backend.cuda) no_gpu_form();
-  check_contents(a);
   const int64_t need = sparse_attention_scratch_bytes(backend, n_entry, a.page_table.shape[1], width / d, h_kv, d);
   check(a.scratch.bytes() >= need, op, ": scratch has ", a.scratch.bytes(), " bytes, ", need, " are needed");
+  if (backend.cuda) return backend.cuda->sparse_attention(*backend.stream, a);
+  check_contents(a);
   backend.cpu->sparse_attention(*backend.pool, a);
 }
 

@@ -1,5 +1,6 @@
 #include "attention/sparse_attention.h"
 #include "cpu/attend_amx.h"
+#include "cpu/softmax.h"
 #include "ops/cpu_table.h"
 
 namespace prt::PRT_ISA {
@@ -11,9 +12,9 @@ PRT_INLINE int64_t collect(const SparseAttention& a, int64_t entry, int64_t kv_h
   const int64_t h_kv = a.k_pages.shape[1], row_bytes = a.k_pages.shape[3] * (a.k_pages.dtype == DType::f32 ? 4 : 2);
   const int32_t *range = a.ranges.row<int32_t>(entry) + kv_head * a.ranges.shape[2] * 2, *pages = a.page_table.row<int32_t>(entry);
   int64_t n = 0, passed = 0;
-  for (int64_t i = 0, n_range = a.n_range.row<int32_t>(entry)[kv_head]; i < n_range && n < kChunkTokens; passed += range[2 * i + 1], ++i) {
+  for (int64_t i = 0, n_range = a.n_range.row<int32_t>(entry)[kv_head]; i < n_range && n < kChunkTokens; passed = range[2 * i + 1], ++i) {
     int64_t row = range[2 * i] + max64(0, begin - passed);
-    for (const int64_t end = range[2 * i] + range[2 * i + 1]; row < end && n < kChunkTokens;) {
+    for (const int64_t end = range[2 * i] + range[2 * i + 1] - passed; row < end && n < kChunkTokens;) {
       const int64_t m = min64(min64(end - row, kPageTokens - row % kPageTokens), kChunkTokens - n);
       const int64_t at = ((pages[row / kPageTokens] * h_kv + kv_head) * kPageTokens + row % kPageTokens) * row_bytes;
       __builtin_memcpy(k + n * row_bytes, static_cast<const char*>(a.k_pages.data) + at, static_cast<size_t>(m * row_bytes));
@@ -26,17 +27,43 @@ PRT_INLINE int64_t collect(const SparseAttention& a, int64_t entry, int64_t kv_h
 }
 
 PRT_INLINE int64_t chunks_of(const SparseAttention& a, int64_t entry, int64_t kv_head) {
-  const int32_t* range = a.ranges.row<int32_t>(entry) + kv_head * a.ranges.shape[2] * 2;
-  int64_t n = 0;
-  for (int64_t i = 0; i < a.n_range.row<int32_t>(entry)[kv_head]; ++i) n += range[2 * i + 1];
-  return (n + kChunkTokens - 1) / kChunkTokens;
+  const int32_t *range = a.ranges.row<int32_t>(entry) + kv_head * a.ranges.shape[2] * 2, n = a.n_range.row<int32_t>(entry)[kv_head];
+  return n == 0 ? 0 : (range[2 * n - 1] + kChunkTokens - 1) / kChunkTokens;
+}
+
+// sum = the clusters' mean values, weighted by e^(tail - top). -> top and total
+PRT_INLINE void attend_tail(const SparseAttention& a, int64_t entry, int64_t head, int64_t kv_head, float* sum, float& top, float& total) {
+  const int64_t h_kv = a.k_pages.shape[1], d = a.k_pages.shape[3], n_slot = a.value.shape[2];
+  const int32_t *closed = a.closed.row<int32_t>(entry), *pages = a.page_table.row<int32_t>(entry) + closed[0];
+  const int64_t n = (closed[1] - closed[0]) * n_slot;
+  const float* score = a.tail.row<float>(entry) + head * a.tail.shape[2];
+  __builtin_memset(sum, 0, static_cast<size_t>(d) * sizeof(float));
+  top = row_max(score, n);
+  total = 0;
+  if (top == -__builtin_inff()) return;
+  for (int64_t j = 0; j < n; j += kWidth) {
+    const int64_t m = min64(kWidth, n - j);
+    float weight[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) weight[i] = i < m ? score[j + i] : -__builtin_inff();
+    const vf w = exp(load(weight) - top);
+    store(weight, w);
+    total += PRT_ISA::sum(w);
+    for (int64_t i = 0; i < m; ++i) {
+      if (weight[i] == 0) continue;
+      const uint8_t* value =
+          static_cast<const uint8_t*>(a.value.data) + ((pages[(j + i) / n_slot] * h_kv + kv_head) * n_slot + (j + i) % n_slot) * d;
+      int64_t c = 0;
+      for (; c + kWidth <= d; c += kWidth) store(sum + c, fma(splat(weight[i]), F8::load(value + c), load(sum + c)));
+      for (; c < d; ++c) sum[c] += weight[i] * F8::get(value[c]);
+    }
+  }
 }
 
 }  // namespace
 
 // One item per chunk of chosen rows, so that heads with many share the threads with those that have few; then the chunks of a head are
-// merged in order, and the estimated rest last. The rows of a chunk are collected into a cache of one head and at most 8 pages, which the
-// code of dense attention then reads.
+// merged in order, and the clusters of the tail last. The rows of a chunk are collected into a cache of one head and at most 8 pages, which
+// the code of dense attention then reads.
 void sparse_attention(ThreadPool& pool, const SparseAttention& a) {
   const int64_t d = a.k_pages.shape[3], d_pad = round_up(d, kWidth), h_kv = a.k_pages.shape[1], h_q = a.q.shape[1] / d, group = h_q / h_kv;
   const int64_t n_entry = a.q.shape[0], per_thread = sparse_thread_floats(group, d), dense = attention_thread_floats(group, d);
@@ -91,9 +118,9 @@ void sparse_attention(ThreadPool& pool, const SparseAttention& a) {
       merge_row(top, total, sum, p.top[head % group], p.total[head % group], p.sum + head % group * d_pad, d_pad);
     }
     if (a.tail.data) {
-      const float* tail = a.tail.row<float>(entry) + head * (d + 2);
-      __builtin_memcpy(rest, tail, static_cast<size_t>(d) * sizeof(float));
-      merge_row(top, total, sum, tail[d], tail[d + 1], rest, d_pad);
+      float rest_top, rest_total;
+      attend_tail(a, entry, head, kv_head, rest, rest_top, rest_total);
+      merge_row(top, total, sum, rest_top, rest_total, rest, d_pad);
     }
     float* out = a.out.row<float>(entry) + head * d;
     const float scale = total > 0 ? 1.0f / total : 0.0f;

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "attention/sparse.h"
+#include "ops/cuda_table.h"
 
 namespace prt {
 
@@ -33,7 +34,7 @@ void uncluster(const Backend& backend, const Uncluster& a) {
   check(m <= n && n <= kMaxSegmentPages, op, ": ", n, " pages go into ", m, ", expected no more than these, of at most ", kMaxSegmentPages);
   const int64_t need = uncluster_scratch_bytes(n, d);
   check(a.scratch.bytes() >= need, op, ": scratch has ", a.scratch.bytes(), " bytes, ", need, " are needed");
-  if (backend.cuda) no_gpu_form();
+  if (backend.cuda) return backend.cuda->uncluster(*backend.stream, a);
   check_contents(a);
   const int32_t *src = a.src.as<int32_t>(), *dst = a.dst.as<int32_t>();
   const auto bytes = static_cast<size_t>(d * dtype_size(a.k_pages.dtype)), head = bytes * kPageTokens;

@@ -9,9 +9,17 @@
 
 namespace prt {
 
-enum class DType : int32_t { f32 = PRT_F32, f16 = PRT_F16, bf16 = PRT_BF16, i32 = PRT_I32, u16 = PRT_U16 };
+enum class DType : int32_t { f32 = PRT_F32, f16 = PRT_F16, bf16 = PRT_BF16, i32 = PRT_I32, u16 = PRT_U16, f8 = PRT_F8, i64 = PRT_I64 };
 
-inline int64_t dtype_size(DType t) { return t == DType::f32 || t == DType::i32 ? 4 : 2; }
+inline int64_t dtype_size(DType t) {
+  switch (t) {
+    case DType::f8: return 1;
+    case DType::f32:
+    case DType::i32: return 4;
+    case DType::i64: return 8;
+    default: return 2;
+  }
+}
 
 inline const char* dtype_name(DType t) {
   switch (t) {
@@ -20,11 +28,13 @@ inline const char* dtype_name(DType t) {
     case DType::bf16: return "bf16";
     case DType::i32: return "i32";
     case DType::u16: return "u16";
+    case DType::f8: return "f8";
+    case DType::i64: return "i64";
   }
   return "?";
 }
 
-// From a caller's number. Weights and activations are floats; i32 and u16 only carry ids.
+// From a caller's number. Weights and activations are floats; integers carry ids and counts, f8 the index of sparse attention.
 inline DType float_dtype(int32_t value, const char* what) {
   check(value == PRT_F32 || value == PRT_F16 || value == PRT_BF16, what, " is ", value,
         ", expected PRT_F32 (0), PRT_F16 (1) or PRT_BF16 (2)");
@@ -67,6 +77,22 @@ inline uint16_t f32_to_f16(float f) {  // round to nearest even; overflow become
     return static_cast<uint16_t>(sign | (f32_to_bits(r) - 0x3f000000u));
   }
   return static_cast<uint16_t>(sign | ((a - 0x38000000u + 0xfffu + ((a >> 13) & 1)) >> 13));
+}
+
+// e4m3: 4 bits of exponent with bias 7, 3 of mantissa, no infinity.
+inline float f8_to_f32(uint8_t b) {
+  const uint32_t a = b & 0x7fu;
+  const float f = a == 0x7f ? bits_to_f32(0x7fc00000u) : bits_to_f32(a << 20) * 0x1p120f;  // the exponents' biases differ by 120
+  return b & 0x80 ? -f : f;
+}
+
+inline uint8_t f32_to_f8(float f) {  // round to nearest even; what is larger becomes 448; NaN stays NaN
+  const uint32_t u = f32_to_bits(f), sign = (u >> 24) & 0x80u, a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return static_cast<uint8_t>(sign | 0x7fu);
+  if (a >= 0x43e00000u) return static_cast<uint8_t>(sign | 0x7eu);
+  if (a < 0x3c800000u)  // subnormal, multiples of 2^-9: let the float adder do the rounding
+    return static_cast<uint8_t>(sign | (f32_to_bits(bits_to_f32(a) + 0x1p14f) - 0x46800000u));
+  return static_cast<uint8_t>(sign | ((a - 0x3c000000u + 0x7ffffu + ((a >> 20) & 1)) >> 20));
 }
 
 inline float to_f32(const void* p, int64_t i, DType t) {

@@ -80,7 +80,8 @@ inline void check_shape(const char* op, const char* operand, const Tensor& t, DT
 // The same for weights and KV pages, which are kept in any of the float formats.
 inline void check_stored(const char* op, const char* operand, const Tensor& t, std::initializer_list<int64_t> want) {
   check_shape(op, operand, t, t.dtype, want);
-  check(t.dtype != DType::i32 && t.dtype != DType::u16, op, ": ", operand, " is ", shape_text(t), ", expected f32, f16 or bf16");
+  check(t.dtype == DType::f32 || t.dtype == DType::f16 || t.dtype == DType::bf16, op, ": ", operand, " is ", shape_text(t),
+        ", expected f32, f16 or bf16");
 }
 
 }  // namespace prt

@@ -22,6 +22,7 @@ typedef float vf __attribute__((vector_size(kWidth * 4)));
 typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t vu __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));
+typedef uint8_t vb __attribute__((vector_size(kWidth)));
 
 #define PRT_INLINE static inline __attribute__((always_inline))
 
@@ -156,6 +157,49 @@ struct F16 {
       return static_cast<T>(sign | (u - 0x3f000000u));
     }
     return static_cast<T>(sign | ((a - 0x38000000u + 0xfffu + ((a >> 13) & 1)) >> 13));
+  }
+};
+
+// e4m3, of which an index of sparse attention is made.
+struct F8 {
+  using T = uint8_t;
+  PRT_INLINE vf load(const T* p) {
+#if defined(__AVX512F__)  // as f16, whose bias is 15 instead of 7
+    const __m256i h = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return (vf)_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(h, 7), _mm256_set1_epi16(-0x4080))) * 256.0f;
+#elif defined(__F16C__)
+    const __m128i h = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return (vf)_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(h, 7), _mm_set1_epi16(-0x4080))) * 256.0f;
+#else
+    vb b;
+    __builtin_memcpy(&b, p, sizeof b);
+    const vu u = __builtin_convertvector(b, vu), a = u & 0x7f;
+    const vf normal = (vf)((a << 20) + (120u << 23));
+    const vf f = a < 8 ? normal + normal - 0.015625f : normal;  // 2^-6, the smallest normal number
+    return (vf)((vu)f | (u & 0x80) << 24);
+#endif
+  }
+  PRT_INLINE float get(T b) {
+    const uint32_t a = b & 0x7fu, u = a << 20;
+    float f;
+    __builtin_memcpy(&f, &u, 4);
+    f *= 0x1p120f;
+    return b & 0x80 ? -f : f;
+  }
+  PRT_INLINE T put(float x) {  // round to nearest even; what is larger becomes 448
+    uint32_t u;
+    __builtin_memcpy(&u, &x, 4);
+    const uint32_t sign = (u >> 24) & 0x80u, a = u & 0x7fffffffu;
+    if (a > 0x7f800000u) return static_cast<T>(sign | 0x7fu);
+    if (a >= 0x43e00000u) return static_cast<T>(sign | 0x7eu);
+    if (a < 0x3c800000u) {  // subnormal: let the float adder do the rounding
+      float r;
+      __builtin_memcpy(&r, &a, 4);
+      r += 0x1p14f;
+      __builtin_memcpy(&u, &r, 4);
+      return static_cast<T>(sign | (u - 0x46800000u));
+    }
+    return static_cast<T>(sign | ((a - 0x3c000000u + 0x7ffffu + ((a >> 20) & 1)) >> 20));
   }
 };
 

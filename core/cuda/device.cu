@@ -1,8 +1,13 @@
+#include <cuda.h>
 #include <cuda_runtime.h>
+#if __has_include(<dlfcn.h>)
+#include <dlfcn.h>
+#endif
 
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <mutex>
 
 #include "base/check.h"
 #include "cuda/device.h"
@@ -13,14 +18,53 @@ namespace prt {
 namespace {
 
 constexpr int kOldest = 80;  // compute capability 8.0, Ampere: bf16 matrix units and asynchronous copies
+constexpr int kBuiltFor[] = {__CUDA_ARCH_LIST__};  // 900: compute capability 9.0
+// CUDA sets memory aside for the stacks of all threads that a device can hold: on an H200 its own memory is 526 MiB with the usual 1024
+// bytes each and 279 MiB with 64. Our kernels need 16 at most; for one known to need more, the driver makes room when it is launched.
+constexpr size_t kStackBytes = 64;
 
 __global__ void probe() {}
 
+// A function of the driver, which nothing links against.
+template <class F>
+F* driver(const char* name) {
+  void* f = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  cuda_check(cudaGetDriverEntryPointByVersion(name, &f, 12000, cudaEnableDefault, &found), name);
+  if (found != cudaDriverEntryPointSuccess) fail(PRT_DEVICE_ERROR, "the NVIDIA driver has no ", name, "; it is too old");
+  return reinterpret_cast<F*>(f);
+}
+
+// Whether this process uses the device already. A context takes some 500 MB and half a second, so that asking must not make one.
+bool has_context(int32_t device) {
+  static const auto get_device = driver<decltype(cuDeviceGet)>("cuDeviceGet");
+  static const auto get_state = driver<decltype(cuDevicePrimaryCtxGetState)>("cuDevicePrimaryCtxGetState");
+  CUdevice d = 0;
+  unsigned flags = 0;
+  int active = 0;
+  return get_device(&d, device) == CUDA_SUCCESS && get_state(d, &flags, &active) == CUDA_SUCCESS && active;
+}
+
+// Makes the device current. Where that makes its context, this library chooses the size of its stacks; else the application has.
+void enter(int32_t device) {
+  static std::mutex mutex;
+  static uint64_t entered = 0;  // a bit for each device
+  const std::lock_guard<std::mutex> lock(mutex);
+  const uint64_t bit = uint64_t{1} << (device & 63);
+  const bool is_new = !(entered & bit) && !has_context(device);
+  cuda_check(cudaSetDevice(device), "choosing the device");
+  if (is_new && cudaDeviceSetLimit(cudaLimitStackSize, kStackBytes) != cudaSuccess) cudaGetLastError();  // more memory than needed, no harm
+  entered |= bit;
+}
+
 // Why this build cannot run on a device; "" if it can.
 std::string unusable(const cudaDeviceProp& p, int32_t index) {
-  if (10 * p.major + p.minor < kOldest)
+  const int capability = 10 * p.major + p.minor;
+  if (capability < kOldest)
     return text("its compute capability is ", p.major, ".", p.minor, ", at least ", kOldest / 10, ".", kOldest % 10, " is needed");
-  const DeviceScope scope(index);
+  for (const int built : kBuiltFor)  // code runs on the same major version from its minor version on
+    if (built / 100 == p.major && built / 10 <= capability) return "";
+  const DeviceScope scope(index);  // a newer generation: the driver knows whether it can translate
   cudaFuncAttributes a{};
   if (const cudaError_t e = cudaFuncGetAttributes(&a, probe); e != cudaSuccess) {
     cudaGetLastError();
@@ -33,6 +77,32 @@ cudaDeviceProp properties(int32_t index) {
   cudaDeviceProp p{};
   cuda_check(cudaGetDeviceProperties(&p, index), "device properties");
   return p;
+}
+
+// Free memory of a device that this process does not use, from the management library; -1 where that does not know.
+int64_t free_from_outside([[maybe_unused]] int32_t index, [[maybe_unused]] size_t total) {
+#if __has_include(<dlfcn.h>)
+  struct Memory {
+    unsigned long long total, free, used;
+  } memory{};
+  void *library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL), *device = nullptr;
+  if (!library) return -1;
+  const auto call = [&](const char* name, auto... args) {
+    const auto f = reinterpret_cast<int (*)(decltype(args)...)>(dlsym(library, name));
+    return f && f(args...) == 0;
+  };
+  char id[32] = "";
+  bool known = cudaDeviceGetPCIBusId(id, sizeof id, index) == cudaSuccess && call("nvmlInit_v2");
+  if (known) {
+    known = call("nvmlDeviceGetHandleByPciBusId_v2", static_cast<const char*>(id), &device) &&
+            call("nvmlDeviceGetMemoryInfo", device, &memory) && memory.total / 2 < total;  // not a part of a GPU
+    call("nvmlShutdown");
+  }
+  dlclose(library);
+  return known ? static_cast<int64_t>(memory.free) : -1;
+#else
+  return -1;
+#endif
 }
 
 }  // namespace
@@ -49,11 +119,13 @@ void cuda_device_info(int32_t index, prt_device_info& info) {
   int driver = 0;
   cudaDriverGetVersion(&driver);
   const std::string why = unusable(p, index);
+  int64_t free = !why.empty() ? 0 : has_context(index) ? -1 : free_from_outside(index, p.totalGlobalMem);
+  if (free < 0) free = device_memory_free(index);
   info.is_cuda = 1;
   info.index = index;
   info.usable = why.empty();
   info.memory_total = static_cast<int64_t>(p.totalGlobalMem);
-  info.memory_free = why.empty() ? device_memory_free(index) : 0;
+  info.memory_free = free;
   std::snprintf(info.id, sizeof info.id, "cuda:%d", index);
   std::snprintf(info.name, sizeof info.name, "%.95s", p.name);
   std::snprintf(info.features, sizeof info.features, "sm_%d%d, driver for CUDA %d.%d", p.major, p.minor, driver / 1000, driver % 1000 / 10);
@@ -76,15 +148,15 @@ int32_t cuda_require(const std::string& device) {
 }
 
 DeviceScope::DeviceScope(int32_t device) {
-  int now = 0;
-  cuda_check(cudaGetDevice(&now), "current device");
-  if (now == device) return;
-  cuda_check(cudaSetDevice(device), "choosing the device");
-  before_ = now;
+  static const auto get = driver<decltype(cuCtxGetCurrent)>("cuCtxGetCurrent");
+  get(&before_);
+  enter(device);
 }
 
+// Not by cudaSetDevice: where the thread had no context, that would make one on device 0.
 DeviceScope::~DeviceScope() {
-  if (before_ >= 0) cudaSetDevice(before_);
+  static const auto set = driver<decltype(cuCtxSetCurrent)>("cuCtxSetCurrent");
+  set(before_);
 }
 
 int64_t device_memory_free(int32_t device) {

@@ -7,13 +7,14 @@
 #include "cuda/stream.h"
 #include "pyruntime.h"
 
+struct CUctx_st;
 struct CUgraphExec_st;
 struct CUevent_st;
 
 namespace prt {
 
 int32_t cuda_device_count();  // 0 without a driver or a CUDA build
-void cuda_device_info(int32_t index, prt_device_info& info);
+void cuda_device_info(int32_t index, prt_device_info& info);  // without making a context on it, where that can be helped
 int32_t cuda_require(const std::string& device);  // "cuda:1" -> 1; fails with the reason why models cannot run there
 
 int64_t device_memory_free(int32_t device);
@@ -29,7 +30,7 @@ class DeviceScope {
   DeviceScope& operator=(const DeviceScope&) = delete;
 
  private:
-  int32_t before_ = -1;
+  CUctx_st* before_ = nullptr;
 };
 
 // A stream of its own on a device, with the properties that kernels are launched by.

@@ -69,7 +69,7 @@ void forward(const Backend& b, const ModelConfig& c, const Weights& w, const Rop
     };
     if (rows.prefill.n_entry > 0) attention_prefill(b, attention_over(rows.prefill, 0, rows.n_prefill_tok));
     if (rows.decode.n_entry > 0) attention_decode(b, attention_over(rows.decode, rows.n_prefill_tok, rows.decode.n_entry));
-    if (rows.sparse.n_entry > 0) policy->decode(i, attention_over(rows.sparse, n - rows.sparse.n_entry, rows.sparse.n_entry));
+    if (rows.sparse.n_entry > 0) policy->decode(i, attention_over(rows.sparse, n - rows.sparse.n_entry, rows.sparse.n_entry), rows.closed);
     linear(b, {.out = x, .x = attn, .weight = l.o, .bias = l.o_bias, .accumulate = true, .scratch = act.linear_scratch});
 
     linear(b, {.out = ff,

@@ -30,6 +30,7 @@ struct Rows {
     Tensor kv_len;      // [n_entry] i32
     Tensor page_table;  // [n_entry][max_pages] i32
   } prefill, decode, sparse;  // sparse: decode entries that the policy attends for, the last rows
+  Tensor closed;  // [sparse.n_entry][2] i32: Policy::closed_pages
 };
 
 // Activations of one chunk.

@@ -16,7 +16,14 @@ const CudaOps ops = {embedding,
                      target_logprob,
                      sample,
                      sample_scratch_bytes,
-                     page_copy};
+                     page_copy,
+                     cluster,
+                     cluster_scratch_bytes,
+                     uncluster,
+                     select,
+                     select_scratch_bytes,
+                     sparse_attention,
+                     sparse_attention_scratch_bytes};
 }
 
 Backend cuda_backend(const CudaStream& stream) {

@@ -3,8 +3,8 @@
 // Tensors are device memory: a twin reads shapes and pointers on the host, never contents, so that a step can be captured in a graph and
 // replayed while lengths, pages and tokens change. Nothing here allocates or synchronises.
 #pragma once
+#include "attention/sparse.h"
 #include "cuda/stream.h"
-#include "ops/ops.h"
 
 namespace prt {
 
@@ -23,6 +23,14 @@ struct CudaOps {
   void (*sample)(const CudaStream&, const Sample&);
   int64_t (*sample_scratch_bytes)(const CudaStream&, int64_t n_row, int64_t n_vocab);
   void (*page_copy)(const CudaStream&, const PageCopy&);
+  void (*cluster)(const CudaStream&, const Cluster&);
+  int64_t (*cluster_scratch_bytes)(const CudaStream&, int64_t n_page, int64_t n_slot, int64_t d_head);
+  void (*uncluster)(const CudaStream&, const Uncluster&);
+  void (*select)(const CudaStream&, const Select&);
+  int64_t (*select_scratch_bytes)(const CudaStream&, int64_t n_entry, int64_t h_q, int64_t h_kv, int64_t max_pages, int64_t n_slot);
+  void (*sparse_attention)(const CudaStream&, const SparseAttention&);
+  int64_t (*sparse_attention_scratch_bytes)(const CudaStream&, int64_t n_entry, int64_t max_pages, int64_t h_q, int64_t h_kv,
+                                            int64_t d_head);
 };
 
 namespace cuda {
@@ -41,6 +49,13 @@ void target_logprob(const CudaStream&, const TargetLogprob&);
 void sample(const CudaStream&, const Sample&);
 int64_t sample_scratch_bytes(const CudaStream&, int64_t n_row, int64_t n_vocab);
 void page_copy(const CudaStream&, const PageCopy&);
+void cluster(const CudaStream&, const Cluster&);
+int64_t cluster_scratch_bytes(const CudaStream&, int64_t n_page, int64_t n_slot, int64_t d_head);
+void uncluster(const CudaStream&, const Uncluster&);
+void select(const CudaStream&, const Select&);
+int64_t select_scratch_bytes(const CudaStream&, int64_t n_entry, int64_t h_q, int64_t h_kv, int64_t max_pages, int64_t n_slot);
+void sparse_attention(const CudaStream&, const SparseAttention&);
+int64_t sparse_attention_scratch_bytes(const CudaStream&, int64_t n_entry, int64_t max_pages, int64_t h_q, int64_t h_kv, int64_t d_head);
 }  // namespace cuda
 
 }  // namespace prt

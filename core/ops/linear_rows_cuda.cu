@@ -422,11 +422,11 @@ bool aligned(const Tensor& t, int64_t elements) { return reinterpret_cast<uintpt
 bool linear_rows_fits(const Linear& a) {
   const int64_t n_row = a.x.shape[0], n_in = a.x.shape[1];
   return n_row <= kMaxRows && a.weight.dtype != DType::f32 && n_in % 8 == 0 && aligned(a.weight, 8) && aligned(a.x, a.norm ? 4 : 8) &&
-         (!a.norm || reinterpret_cast<uintptr_t>(a.norm.data) % 16 == 0);
+         (!a.norm || reinterpret_cast<uintptr_t>(a.norm.data) % 16 == 0) && (!a.gated || a.weight.shape[0] % 16 == 0);
 }
 
 int64_t linear_rows_scratch_bytes(const CudaStream& s, int64_t n_row, int64_t n_in, int64_t, bool) {
-  if (s.arch == 90) return n_row > kMaxRows ? 0 : rows_sm90::linear_scratch_bytes(s, n_row, n_in);
+  if (s.arch == 90) return n_row > kMaxRows ? 0 : rows_sm90::linear_scratch_bytes(n_row, n_in);
   return n_row > kMaxRows ? 0 : partial_bytes(s, n_row) + (n_row * n_in * 2 + 15) / 16 * 16;
 }
 

@@ -15,11 +15,11 @@ __global__ void __launch_bounds__(1024)
   __shared__ float room[32];
   float w[kPieces][4], v[kPieces][4];
   const int first = threadIdx.x * 4, step = blockDim.x * 4;
+  pdl_launch();
 #pragma unroll
   for (int p = 0; p < kPieces; ++p)
     if (first + p * step < d) load(w[p], weight + first + p * step);
   pdl_wait();
-  pdl_launch();
   const float* row = x + blockIdx.x * stride;
 #pragma unroll
   for (int p = 0; p < kPieces; ++p)
@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(1024)
 template <class T>
 __global__ void rms_norm_any_kernel(T* out, int64_t stride_out, const float* x, int64_t stride, const float* weight, int64_t d, float eps) {
   __shared__ float room[32];
-  pdl_wait();
   pdl_launch();
+  pdl_wait();
   const float* row = x + blockIdx.x * stride;
   float squares = 0;
   for (int64_t i = threadIdx.x; i < d; i += blockDim.x) squares += row[i] * row[i];

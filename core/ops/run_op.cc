@@ -61,7 +61,7 @@ struct Call {
 Tensor view(const prt_tensor* t, size_t i) {
   if (!t || !t->data) return {};  // an optional operand that is left out
   check(t->n_dim >= 1 && t->n_dim <= 4, "operand ", i, ": n_dim is ", t->n_dim, ", expected 1..4");
-  check(t->dtype >= PRT_F32 && t->dtype <= PRT_U16, "operand ", i, ": dtype is ", t->dtype);
+  check(t->dtype >= PRT_F32 && t->dtype <= PRT_I64, "operand ", i, ": dtype is ", t->dtype);
   Tensor v;
   v.data = t->data;
   v.dtype = static_cast<DType>(t->dtype);
@@ -162,16 +162,17 @@ void dispatch(Call& c) {
                     {t[3], t[4], t[5], t[6], t[7]},
                     static_cast<int64_t>(c.params[0]),
                     static_cast<uint64_t>(c.params[1]),
-                    c.scratch(c.backend.cuda ? 0 : cluster_scratch_bytes(c.backend, n_page, n_slot, d))});
+                    c.scratch(cluster_scratch_bytes(c.backend, n_page, n_slot, d))});
   } else if (c.op == "uncluster") {
     c.expect(5, 0);
     const int64_t n_page = c.dim(3, 0), d = c.dim(0, 3);
     check(n_page <= kMaxSegmentPages && d <= kMaxHead, "uncluster: the segment is too large");
     c.run(uncluster, {t[0], t[1], t[2], t[3], t[4], c.scratch(uncluster_scratch_bytes(n_page, d))});
   } else if (c.op == "select") {
-    c.expect(14, 3);
-    const int64_t d = c.dim(6, 3), h_q = c.dim(5, 1) / std::max<int64_t>(1, d), max_pages = c.dim(7, 1), n_slot = c.dim(10, 2);
-    check(n_slot <= kPageTokens && c.dim(5, 0) <= 1 << 20 && h_q <= 1 << 10 && max_pages <= 1 << 20, "select: the operands are too large");
+    c.expect(14, 4);
+    const int64_t d = c.dim(7, 3), h_q = c.dim(6, 1) / std::max<int64_t>(1, d), h_kv = std::max<int64_t>(1, c.dim(7, 1)),
+                  max_pages = c.dim(8, 1), n_slot = c.dim(11, 2);
+    check(n_slot <= kPageTokens && c.dim(6, 0) <= 1 << 20 && h_q <= 1 << 10 && max_pages <= 1 << 20, "select: the operands are too large");
     c.run(select, {t[0],
                    t[1],
                    t[2],
@@ -182,20 +183,21 @@ void dispatch(Call& c) {
                    t[7],
                    t[8],
                    t[9],
-                   {t[10], t[11], t[12], t[13], {}},
+                   t[10],
+                   {t[11], t[12], {}, t[13], {}},
                    c.number(0),
                    c.number(1),
-                   static_cast<Estimator>(static_cast<int32_t>(c.params[2])),
-                   c.scratch(select_scratch_bytes(c.dim(5, 0), h_q, max_pages, n_slot))});
+                   c.number(2),
+                   static_cast<Estimator>(static_cast<int32_t>(c.params[3])),
+                   c.scratch(select_scratch_bytes(c.backend, c.dim(6, 0), h_q, h_kv, max_pages, n_slot))});
   } else if (c.op == "sparse_attention") {
-    c.expect(8, 1);
+    c.expect(10, 1);
     const int64_t d = c.dim(2, 3), h_q = c.dim(1, 1) / std::max<int64_t>(1, d), h_kv = std::max<int64_t>(1, c.dim(2, 1)),
                   max_pages = c.dim(4, 1);
     check(d <= kMaxHead && c.dim(1, 0) <= 1 << 20 && h_q <= 1 << 10 && max_pages <= 1 << 20,
           "sparse_attention: the operands are too large");
-    c.run(sparse_attention,
-          {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], c.number(0),
-           c.scratch(c.backend.cuda ? 0 : sparse_attention_scratch_bytes(c.backend, c.dim(1, 0), max_pages, h_q, h_kv, d))});
+    c.run(sparse_attention, {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], c.number(0),
+                             c.scratch(sparse_attention_scratch_bytes(c.backend, c.dim(1, 0), max_pages, h_q, h_kv, d))});
   } else if (c.op == "page_copy") {
     c.expect(4, 0);
     c.run(page_copy, {t[0], t[1], t[2], t[3]});
@@ -217,6 +219,10 @@ CudaOps without_kernels(const CudaOps& ops) {
   none.target_logprob = [](const CudaStream&, const TargetLogprob&) {};
   none.sample = [](const CudaStream&, const Sample&) {};
   none.page_copy = [](const CudaStream&, const PageCopy&) {};
+  none.cluster = [](const CudaStream&, const Cluster&) {};
+  none.uncluster = [](const CudaStream&, const Uncluster&) {};
+  none.select = [](const CudaStream&, const Select&) {};
+  none.sparse_attention = [](const CudaStream&, const SparseAttention&) {};
   return none;
 }
 

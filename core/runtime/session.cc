@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <optional>
 
 #include "base/log.h"
 #include "ops/cuda_table.h"
@@ -81,6 +80,7 @@ void Session::Inputs::lay_out(Arena arena, int64_t n_tok, int64_t n_entry, int64
   q_begin = arena.take(DType::i32, n_entry + 1);
   decode_q_begin = arena.take(DType::i32, n_entry + 1);
   kv_len = arena.take(DType::i32, n_entry);
+  closed = arena.take(DType::i32, n_entry, 2);
   head_bytes = arena.used();
   page_table = arena.take(DType::i32, n_entry, max_pages);
   lists = arena.take(DType::i32, list_bytes / 4);
@@ -255,6 +255,7 @@ Rows Session::fill_rows(const prt_batch& b) {
     int32_t* begin = (decode ? in_.decode_q_begin : in_.q_begin).as<int32_t>() + part.n_entry + (p.sparse ? rows.decode.n_entry : 0);
     begin[0] = static_cast<int32_t>(decode ? row - rows.n_prefill_tok : row);
     begin[1] = begin[0] + p.n;
+    if (p.sparse) policy_->closed_pages(b.seq[p.entry], in_.closed.row<int32_t>(part.n_entry));
     in_.kv_len.as<int32_t>()[entry] = static_cast<int32_t>(s.length + p.offset + p.n);
     std::copy_n(s.pages.data(), pages_for(s.length + p.offset + p.n), in_.page_table.row<int32_t>(entry));
     for (int32_t i = 0; i < p.n; ++i, ++row) {
@@ -279,17 +280,12 @@ Rows Session::fill_rows(const prt_batch& b) {
   rows.decode.q_begin = in.decode_q_begin.rows(0, rows.decode.n_entry + 1);
   rows.decode.kv_len = in.kv_len.rows(rows.prefill.n_entry, rows.decode.n_entry);
   rows.decode.page_table = in.page_table.rows(rows.prefill.n_entry, rows.decode.n_entry);
-  if (rows.sparse.n_entry > 0) {
-    // Entries of one row each: the same list of beginnings serves both kinds.
-    const int64_t dense = rows.prefill.n_entry + rows.decode.n_entry;
-    rows.sparse.q_begin = in.decode_q_begin.rows(0, rows.sparse.n_entry + 1);
-    rows.sparse.kv_len = in.kv_len.rows(dense, rows.sparse.n_entry);
-    rows.sparse.page_table = in.page_table.rows(dense, rows.sparse.n_entry);
-    sparse_.clear();
-    for (const Piece& p : pieces_)
-      if (p.sparse) sparse_.push_back(b.seq[p.entry]);
-    policy_->begin(sparse_.data(), rows.sparse.n_entry);
-  }
+  // Entries of one row each: the same list of beginnings serves both kinds.
+  const int64_t dense = rows.prefill.n_entry + rows.decode.n_entry;
+  rows.sparse.q_begin = in.decode_q_begin.rows(0, rows.sparse.n_entry + 1);
+  rows.sparse.kv_len = in.kv_len.rows(dense, rows.sparse.n_entry);
+  rows.sparse.page_table = in.page_table.rows(dense, rows.sparse.n_entry);
+  rows.closed = in.closed.rows(0, rows.sparse.n_entry);
   return rows;
 }
 
@@ -366,7 +362,7 @@ void Session::send_outputs() {
 }
 
 // A decode step is several hundred launches of a few microseconds each: recorded once per number of rows and replayed. The recording holds
-// for any lengths, pages and tokens, which the operations read from device memory.
+// for any lengths, pages and tokens, which the operations read from device memory; those with sparse rows also hold the policy's values.
 void Session::run_forward(const Rows& rows) {
   const auto launch = [&](bool (*keep_going)(void*)) {
     forward(backend_, model_->config, model_->weights, rope_, kv_, rows, policy_, act_, keep_going, this);
@@ -374,7 +370,12 @@ void Session::run_forward(const Rows& rows) {
   const auto ask = [](void* self) { return static_cast<Session*>(self)->keep_going(); };
   if (!on_cuda() || rows.n_prefill_tok > 0 || rows.n_tok > kGraphRows) return launch(ask);
   if (!keep_going()) fail(PRT_ABORTED, "the step was stopped by the abort callback");
-  Graph& g = graphs_[rows.n_tok];
+  const std::pair key{rows.decode.n_entry, rows.sparse.n_entry};
+  if (graphs_.size() >= kGraphs && graphs_.find(key) == graphs_.end()) {  // batches that are partly sparse come in many sizes
+    synchronize(cuda_->stream());
+    graphs_.clear();
+  }
+  Graph& g = graphs_[key];
   if (g.n_use++ == 0) return launch(ask);  // loads the kernels, which cannot be done while recording
   if (!g.recorded) {
     CudaGraph::begin(cuda_->stream());
@@ -496,10 +497,14 @@ bool Session::keep_going() {
   return config_.abort(config_.user) == 0;
 }
 
+std::optional<DeviceScope> Session::device_scope() const {
+  if (!on_cuda()) return std::nullopt;
+  return std::optional<DeviceScope>(std::in_place, model_->device);
+}
+
 void Session::step(const prt_batch& b) {
   const auto start = std::chrono::steady_clock::now();
-  std::optional<DeviceScope> scope;
-  if (on_cuda()) scope.emplace(model_->device);
+  const auto scope = device_scope();
   check_batch(b);
   entry_begin_.assign(1, 0);
   bool is_prefill = false;
@@ -538,23 +543,34 @@ void Session::set_attention(const prt_attention& attention) {
     policy_ = nullptr;
     return;
   }
-  if (on_cuda()) no_gpu_form();
   if (c.sliding_window > 0)
     fail(PRT_UNSUPPORTED, "attention 'tactic' cannot be combined with the model's sliding window of ", c.sliding_window,
          ": use attention 'full'");
   check(attention.dense_layers <= c.n_layer, "attention: dense_layers is ", attention.dense_layers, ", the model has ", c.n_layer,
         " layers");
-  if (tactic_) tactic_->configure(attention);
-  else tactic_ = std::make_unique<Tactic>(backend_, pool, kv_.k, kv_.v, c.h_q, config_.max_context, attention);
+  const auto scope = device_scope();
+  std::erase_if(graphs_, [](const auto& g) { return g.first.second > 0; });
+  try {
+    if (tactic_) tactic_->configure(attention);
+    else tactic_ = std::make_unique<Tactic>(backend_, pool, kv_.k, kv_.v, c.h_q, config_.max_context, attention);
+  } catch (...) {
+    if (tactic_ && !tactic_->usable()) {  // all rows are back in their order: dense attention is what is left
+      policy_ = nullptr;
+      tactic_.reset();
+    }
+    throw;
+  }
   policy_ = tactic_.get();
 }
 
 void Session::truncate(int64_t seq, int64_t n_token) {
+  const auto scope = device_scope();
   if (tactic_) tactic_->truncate(seq, n_token);
   pool.truncate(seq, n_token);
 }
 
 AttentionCounters Session::attention_counters(int64_t layer, int64_t kv_head) const {
+  const auto scope = device_scope();
   return tactic_ ? tactic_->counters(layer, kv_head) : AttentionCounters{};
 }
 

@@ -4,6 +4,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "attention/tactic.h"
@@ -40,6 +42,7 @@ class Session {
   static constexpr int64_t kLogitRows = 64;      // rows of logits held at once: 64 x 128K x 4 bytes = 33 MB
   static constexpr int64_t kCudaEntries = 256;   // most entries of a chunk on a GPU: a row of the page table is max_context / 16 bytes
   static constexpr int64_t kGraphRows = 64;      // decode steps of up to this many sequences are replayed as CUDA graphs
+  static constexpr size_t kGraphs = 2 * kGraphRows;  // and no more of them are kept
 
   // Where the rows of a chunk come from: n consecutive tokens of batch entry `entry`, starting at its token `offset`.
   struct Piece {
@@ -56,6 +59,7 @@ class Session {
     Tensor out_rows, out_targets;  // [kLogitRows] i32: rows of act_.x that logits are wanted of, tokens to score after them
     Tensor sample_rows;            // [kLogitRows] SampleRow, as bytes
     Tensor tokens, positions, slots, q_begin, decode_q_begin, kv_len;
+    Tensor closed;                 // [n_entry][2]: of the sparse entries, what the policy says of their pages
     Tensor page_table;             // [n_entry][max_pages]
     Tensor lists;                  // on a GPU: the lists that the sample rows point to
     int64_t head_bytes = 0, bytes = 0;  // before page_table; in all
@@ -75,6 +79,7 @@ class Session {
   };
 
   bool on_cuda() const { return cuda_ != nullptr; }
+  std::optional<DeviceScope> device_scope() const;
   int64_t max_entries() const;
   int64_t list_bytes() const;
   int64_t layout(Arena& arena);
@@ -119,7 +124,7 @@ class Session {
   int64_t lists_used_ = 0;               // bytes
   int64_t n_sample_ = 0, samplers_end_ = 0;  // of the block of outputs in hand: rows to sample; rows whose lists have been sent
   Buffer top_buffer_;
-  std::map<int64_t, Graph> graphs_;  // by number of decode rows
+  std::map<std::pair<int64_t, int64_t>, Graph> graphs_;  // by number of dense and of sparse decode rows
   // Of the batch in hand; members so that a step allocates nothing once they have grown.
   std::vector<int64_t> seen_;
   std::vector<int64_t> entry_begin_;  // [n_seq + 1]
