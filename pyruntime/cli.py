@@ -14,6 +14,7 @@ _EXAMPLES = """\
 examples:
   pyruntime run smollm2-135m --chat "What is the capital of France?"
   pyruntime chat smollm2-135m --system "Answer in one sentence."
+  pyruntime serve smollm2-135m --port 8000
   pyruntime run ./my-model "Once upon a time" --max-tokens 64 --temperature 0
   pyruntime perplexity smollm2-135m --file book.txt --tokens 2048
   pyruntime info
@@ -83,6 +84,19 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--load", type=Path, metavar="FILE", help="go on from a conversation that /save wrote")
     _sampling_arguments(chat)
     chat.set_defaults(command=_chat)
+
+    serve = commands.add_parser("serve", help="serve a model over HTTP as OpenAI does, with a chat page (needs the extra 'server')")
+    _model_arguments(serve)
+    server = serve.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default 127.0.0.1); others need --api-key")
+    server.add_argument("--port", type=int, default=8000, metavar="P", help="(default 8000; 0: a free one)")
+    server.add_argument("--api-key", metavar="KEY", help="what clients must send; @FILE reads it from a file, where no other user sees it")
+    server.add_argument("--name", metavar="NAME", help="what clients call the model (default: its own name)")
+    server.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait to begin (default 256)")
+    server.add_argument("--max-body", type=int, default=8, metavar="MIB", help="size of a request (default 8)")
+    server.add_argument("--grace", type=int, default=30, metavar="S", help="seconds for answers to end when stopped (default 30)")
+    server.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="let web pages of this origin in (may be repeated)")
+    serve.set_defaults(command=_serve)
 
     pull = commands.add_parser("pull", help="download a model")
     pull.add_argument("model", help="catalogue name or hub repository")
@@ -197,6 +211,8 @@ def _open(arguments: argparse.Namespace) -> Any:
     from .model import Model
 
     given = {} if arguments.command is _eval else {"attention": arguments.attention}
+    if arguments.command is _serve:
+        given["max_queue"] = arguments.max_queue
     model = Model(
         arguments.model,
         **given,
@@ -284,6 +300,20 @@ def _chat(arguments: argparse.Namespace) -> int:
             if not arguments.quiet:
                 print(said, file=sys.stderr)
         return terminal.chat(model, conversation, quiet=arguments.quiet)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from .server import Settings, serve
+
+    if not 1 <= arguments.max_body <= 1024 or not 0 <= arguments.grace <= 86400:
+        raise InvalidArgumentError(f"--max-body is {arguments.max_body} and --grace {arguments.grace}, expected 1 to 1024 and 0 to 86400")
+    key = arguments.api_key
+    if key and key.startswith("@"):
+        key = _read_text(Path(key[1:])).strip()
+    settings = Settings(arguments.name, key, arguments.host, arguments.max_body << 20, tuple(arguments.cors))
+    with _open(arguments) as model:
+        serve(model, settings, port=arguments.port, grace=arguments.grace, say=lambda line: print(line, file=sys.stderr, flush=True))
+    return 0
 
 
 def _pull(arguments: argparse.Namespace) -> int:

@@ -164,9 +164,15 @@ class Model:
         """The prompt text that the model's own chat template makes of the messages. template: extra variables for the template."""
         return self._chat_template().render(messages, add_generation_prompt=add_generation_prompt, **template)
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The token ids that chat() reads. Control tokens spelled out in a message stay text."""
-        return self.tokenizer.encode_chat(self._chat_template().render(messages, literal=self.tokenizer.special_texts))
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
+        """The token ids that chat() reads. Control tokens spelled out in a message stay text. template: tools, and extra variables."""
+        text = self._chat_template().render(messages, literal=self.tokenizer.special_texts, **template)
+        return self.tokenizer.encode_chat(text)
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the chat template has a place for tools."""
+        return "tools" in self._chat_template().source
 
     def _chat_template(self) -> ChatTemplate:
         if self._template is None:

@@ -5,7 +5,7 @@
 #include <map>
 #include <numeric>
 
-#include "attention/sparse.h"
+#include "attention/tactic.h"
 #include "prt_bench/gpu.cuh"
 
 namespace prt_bench {
@@ -217,9 +217,10 @@ class OpTable {
     const Tensor k = empty(DType::bf16, all, h_kv, prt::kPageTokens, d), v = random(DType::bf16, 1, 0, all, h_kv, prt::kPageTokens, d);
     if (report_.options.structured) fill_clustered(stream_, k, ++seed_);
     else fill_random(stream_, k, 1, 0, ++seed_);
-    const prt::ClusterIndex index{empty(DType::f8, all, h_kv, kSlots, d), empty(DType::f8, all, h_kv, kSlots, d),
-                                  empty(DType::f8, all, h_kv, kSlots, d), empty(DType::i32, all, h_kv, kSlots, 2),
-                                  empty(DType::u16, all, h_kv, prt::kPageTokens)};
+    prt::Arena measure;
+    prt::take_index(measure, all, h_kv, kSlots, d);
+    prt::Arena arena(take(measure.used()));
+    const prt::ClusterIndex index = prt::take_index(arena, all, h_kv, kSlots, d);
     const auto index_of = [=](int64_t set) {
       const auto part = [=](const Tensor& t) { return t.rows(set * n_page, n_page); };
       return prt::ClusterIndex{part(index.centroid), part(index.variance), part(index.value), part(index.range), part(index.order)};
@@ -291,17 +292,19 @@ class OpTable {
       prt::sparse_attention(b_, s);
     };
 
-    const auto clusters = static_cast<double>(n_seq * n_closed * kSlots * kv),
-               rows = static_cast<double>(n_seq * n_closed * prt::kPageTokens);
+    const auto elements = static_cast<double>(n_seq * n_closed * kSlots * kv);  // of a tensor of the index
+    const auto rows = static_cast<double>(n_seq * n_closed * prt::kPageTokens);
     const double exact = static_cast<double>(n_seq * context) - rows, ends = 4 * static_cast<double>(n_seq * q_size);
+    const double ranked = elements * static_cast<double>(prt::dtype_size(index.centroid.dtype) + prt::dtype_size(index.variance.dtype)) +
+                          8 * elements / static_cast<double>(d);
+    const double means = elements * static_cast<double>(prt::dtype_size(index.value.dtype));
     for (const double share : report_.options.selected) {
       const double chosen = calibrate(a, share, rows * static_cast<double>(h_kv), [&] { select_set(0); });
       char text[96];
       std::snprintf(text, sizeof text, "sparse decode attention, %g %% of the clustered rows%s, one layer", 100 * share,
                     report_.options.structured ? ", keys in clusters" : "");
       group_ = text;
-      const double index_bytes = 2 * clusters + 8 * clusters / static_cast<double>(d),
-                   row_bytes = 4 * static_cast<double>(kv) * (chosen * rows + exact);
+      const double row_bytes = 4 * static_cast<double>(kv) * (chosen * rows + exact);
       const auto add = [&](const char* name, double bytes, const std::function<void(int64_t)>& launch) {
         report_.ops.push_back({.group = group_,
                                .name = name,
@@ -313,10 +316,10 @@ class OpTable {
         if (!report_.options.quiet)
           std::fprintf(stderr, "%s %s, %.3f %%: %.2f us\n", name, shape.c_str(), 100 * chosen, report_.ops.back().us);
       };
-      add("select", index_bytes + ends, [&](int64_t i) { select_set(i % sets); });
+      add("select", ranked + ends, [&](int64_t i) { select_set(i % sets); });
       select_set(0);
-      add("sparse_attention", row_bytes + clusters + ends, [&](int64_t i) { attend_set(i % sets); });
-      add("select + sparse_attention", index_bytes + clusters + row_bytes + ends, [&](int64_t i) {
+      add("sparse_attention", row_bytes + means + ends, [&](int64_t i) { attend_set(i % sets); });
+      add("select + sparse_attention", ranked + means + row_bytes + ends, [&](int64_t i) {
         select_set(i % sets);
         attend_set(i % sets);
       });
@@ -326,7 +329,7 @@ class OpTable {
                            .name = "cluster",
                            .shape = shape,
                            .us = time_us({sets, [&](int64_t i) { cluster_set(i % sets); }}),
-                           .bytes = 8 * static_cast<double>(kv) * rows + 3 * clusters});
+                           .bytes = 8 * static_cast<double>(kv) * rows + ranked + means});
     if (!report_.options.quiet) std::fprintf(stderr, "cluster %s: %.2f us\n", shape.c_str(), report_.ops.back().us);
   }
 

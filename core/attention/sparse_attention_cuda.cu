@@ -668,6 +668,7 @@ bool run(const CudaStream& stream, SparseArgs a) {
   const int64_t choices = static_cast<int64_t>(sizeof(Choice)) * a.n_entry * a.h_kv, stage = W * slice_bytes(a.to.rows, D);
   a.n_stage = static_cast<int32_t>(std::min<int64_t>((stream.smem_per_block - 1024 - choices) / stage, 2));
   if (a.n_stage < 1) return false;
+  prefer_l1(sparse_attention_kernel<T, D, NB, W>);
   launch(stream, sparse_attention_kernel<T, D, NB, W>, dim3(static_cast<uint32_t>(stream.n_sm)), dim3(32 * W), a.n_stage * stage + choices,
          a);
   return true;

@@ -38,9 +38,20 @@ int64_t pages_of_segment(const prt_attention& c) { return c.segment == 0 ? kMaxS
 int64_t slots_of(const prt_attention& c) { return kPageTokens / c.cluster; }
 }  // namespace
 
+ClusterIndex take_index(Arena& arena, int64_t n_page, int64_t h_kv, int64_t n_slot, int64_t d) {
+  ClusterIndex x;
+  x.centroid = arena.take(DType::f8, n_page, h_kv, n_slot, d);
+  x.variance = arena.take(DType::f8, n_page, h_kv, n_slot, d);
+  x.value = arena.take(DType::f8, n_page, h_kv, n_slot, d);
+  x.range = arena.take(DType::i32, n_page, h_kv, n_slot, 2);
+  x.order = arena.take(DType::u16, n_page, h_kv, kPageTokens);
+  return x;
+}
+
 int64_t index_page_bytes(const prt_attention& c, int64_t n_layer, int64_t h_kv, int64_t d) {
-  const int64_t slot = 3 * d * dtype_size(DType::f8) + 2 * dtype_size(DType::i32);
-  return n_layer * h_kv * (slots_of(c) * slot + kPageTokens * dtype_size(DType::u16));
+  Arena measure;
+  const ClusterIndex x = take_index(measure, 1, h_kv, slots_of(c), d);
+  return n_layer * (x.centroid.bytes() + x.variance.bytes() + x.value.bytes() + x.range.bytes() + x.order.bytes());
 }
 
 Tactic::Tactic(const Backend& backend, PagePool& pool, const std::vector<Tensor>& k, const std::vector<Tensor>& v, int64_t h_q,
@@ -71,15 +82,7 @@ void Tactic::configure(const prt_attention& config) {
 Tactic::Views Tactic::lay_out(Arena& arena, const prt_attention& c) const {
   const int64_t n_page = k_[0].shape[0], h_kv = k_[0].shape[1], d = k_[0].shape[3], n_slot = slots_of(c), n = entries_at_once();
   Views v;
-  for (size_t i = 0; i < k_.size(); ++i) {
-    ClusterIndex x;
-    x.centroid = arena.take(DType::f8, n_page, h_kv, n_slot, d);
-    x.variance = arena.take(DType::f8, n_page, h_kv, n_slot, d);
-    x.value = arena.take(DType::f8, n_page, h_kv, n_slot, d);
-    x.range = arena.take(DType::i32, n_page, h_kv, n_slot, 2);
-    x.order = arena.take(DType::u16, n_page, h_kv, kPageTokens);
-    v.index.push_back(x);
-  }
+  for (size_t i = 0; i < k_.size(); ++i) v.index.push_back(take_index(arena, n_page, h_kv, n_slot, d));
   v.counters = arena.take(DType::i64, static_cast<int64_t>(k_.size()), h_kv, kAttentionCounters);
   v.lists = arena.take(DType::i32, 3, max_pages_);
   v.ranges = arena.take(DType::i32, n, h_kv, select_max_range(max_pages_, n_slot), 2);

@@ -12,6 +12,8 @@ namespace prt {
 // Refuses values that are out of range, by name.
 void check_attention_config(const prt_attention& c);
 
+// The index of one layer.
+ClusterIndex take_index(Arena& arena, int64_t n_page, int64_t h_kv, int64_t n_slot, int64_t d_head);
 // What the index takes for each KV page, all layers together.
 int64_t index_page_bytes(const prt_attention& c, int64_t n_layer, int64_t h_kv, int64_t d_head);
 

@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "attention/segment_cuda.cuh"
-#include "attention/sparse.h"
 #include "ops/cuda_table.h"
 
 namespace prt::cuda {

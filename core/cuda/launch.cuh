@@ -39,6 +39,14 @@ void launch(const CudaStream& s, void (*kernel)(Params...), dim3 grid, dim3 bloc
   cuda_check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), "kernel launch");
 }
 
+// For kernels that read from memory straight into registers: what is on its way waits in the L1, which the driver would otherwise leave
+// as small as the kernel before needed it, 28 KB behind the few-row products. Decode attention in an 8B step at 64K tokens: 87 -> 65 us.
+template <class... Params>
+void prefer_l1(void (*kernel)(Params...)) {
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxL1),
+             "L1 cache of a kernel");
+}
+
 #ifdef __CUDACC__
 __device__ __forceinline__ void pdl_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -518,6 +518,7 @@ DecodeArgs decode_args(const CudaStream& stream, const Attention& a) {
 template <class T, int D, int NB, int W, int J>
 void run(const CudaStream& stream, const DecodeArgs& a) {
   const int64_t smem = 16 * W * (merge_units(a.rows, D) + (kParkQ<D> ? NB * D : 0));
+  prefer_l1(attention_decode_kernel<T, D, NB, W, J>);
   launch(stream, attention_decode_kernel<T, D, NB, W, J>, dim3(static_cast<uint32_t>(stream.n_sm)), dim3(32 * W), smem, a);
 }
 

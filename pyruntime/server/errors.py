@@ -33,7 +33,7 @@ def invalid(param: str, message: str) -> ApiError:
 
 def from_package(error: PyruntimeError, path: str) -> ApiError:
     """What an exception of the package is to a client. path: of the model, which is none of the client's business."""
-    message = str(error).replace(path, "the model")
+    message = str(error).replace(path, "the model").partition("\n")[0][:1000]  # what llguidance says may go on for pages
     if isinstance(error, QueueFullError):
         return ApiError(429, message, code="queue_full")
     if isinstance(error, ContextLengthError):

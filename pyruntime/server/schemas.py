@@ -131,7 +131,7 @@ def template_options(body: Mapping[str, Any]) -> dict[str, Any]:
             raise invalid("chat_template_kwargs", f"has {name!r:.80}, which cannot be set")
         if not plain:
             raise invalid("chat_template_kwargs", f"has a {name} that is neither a number, true, false nor a word")
-    return given
+    return dict(given)
 
 
 def token_ids(body: Mapping[str, Any], name: str) -> list[int]:
@@ -197,23 +197,23 @@ def _job(body: Mapping[str, Any], own: set[str]) -> Job:
 def _message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ApiError(400, f"{where} must be an object with role and content, it is {_kind(message)}", param="messages")
-    message = {key: value for key, value in message.items() if value is not None or key == "content"}
-    role = message.get("role")
+    made: dict[str, Any] = {key: value for key, value in message.items() if value is not None or key == "content"}
+    role = made.get("role")
     if role == "developer":
-        message["role"] = "system"
+        made["role"] = "system"
     elif role not in ("system", "user", "assistant", "tool"):
         raise ApiError(400, f"{where}.role is {role!r:.80}, expected system, developer, user, assistant or tool", param="messages")
-    calls = message.get("tool_calls")
+    calls = made.get("tool_calls")
     if calls is None:
-        return message
+        return made
     if not isinstance(calls, list) or not all(isinstance(c, dict) and isinstance(c.get("function"), dict) for c in calls):
         raise ApiError(400, f"{where}.tool_calls must be a list of calls, each with a function", param="messages")
-    if message["role"] != "assistant":
+    if made["role"] != "assistant":
         raise ApiError(400, f"{where} has tool_calls, which only an assistant can have", param="messages")
-    message["tool_calls"] = [{**c, "function": {**c["function"], "arguments": _arguments(where, c["function"])}} for c in calls]
+    made["tool_calls"] = [{**c, "function": {**c["function"], "arguments": _arguments(where, c["function"])}} for c in calls]
     if not calls:
-        del message["tool_calls"]
-    return message
+        del made["tool_calls"]
+    return made
 
 
 def _arguments(where: str, function: Mapping[str, Any]) -> Any:
