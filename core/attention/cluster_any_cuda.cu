@@ -259,7 +259,7 @@ void cluster_any(const CudaStream& stream, const Cluster& a, const ClusterArgs& 
 // Of the plain form, for as many kv heads at a time as fit in 32 MiB, at least one. The fast form needs none.
 int64_t cluster_scratch_bytes(const CudaStream&, int64_t n_page, int64_t n_slot, int64_t d_head) {
   const int64_t part = Plain::bytes(n_page * kPage, n_page * n_slot, d_head);
-  return part * std::clamp<int64_t>((int64_t{32} << 20) / part, 1, 16);
+  return std::max(part, std::min(16 * part, int64_t{32} << 20));  // more pages never need less
 }
 
 }  // namespace prt::cuda
