@@ -4,9 +4,8 @@
 // own start-up and its first reads of constant memory (weights) overlap the other's tail. Two rules make that safe:
 //   1. pdl_wait() comes before the first read of anything that a kernel has written, and before the first write of anything. What only
 //      copies from the host write (lengths, page tables, tokens) may be read earlier: a copy is over before any kernel behind it starts.
-//   2. pdl_launch() may come at any time, before pdl_wait() too: it only lets the next kernel's start-up overlap. A kernel of which at
-//   least
-//      one block waits does not end before the kernels ahead of it, so that the next one's pdl_wait() is a wait for all of them.
+//   2. pdl_launch() may come at any time, before pdl_wait() too: it only lets the next kernel's start-up overlap. A kernel of which one
+//      block or more waits does not end before the kernels ahead of it, so that the next one's pdl_wait() is a wait for all of them.
 #pragma once
 #include <cuda_runtime.h>
 
