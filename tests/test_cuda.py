@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -344,16 +347,49 @@ def test_missing_device(tmp_path: Path) -> None:
         pyruntime.Model(tiny, device="cuda:99")
 
 
+def usable_gpus() -> list[str]:
+    return [d.id.decode() for d in pyruntime._lib.devices() if d.is_cuda and d.usable]
+
+
 def test_two_models_at_once(tmp_path: Path) -> None:
-    """One process, models on every GPU there is and on the CPU, used in turn and from two threads."""
+    """One process, models on every GPU there is and on the CPU, used in turn and from threads at once."""
     tiny = write_tiny_model(tmp_path / "tiny")
-    gpus = [d.id.decode() for d in pyruntime._lib.devices() if d.is_cuda and d.usable]
-    models = [pyruntime.Model(tiny, device=d) for d in ("cpu", GPU, *gpus)]
-    texts = [m.generate("Hello", temperature=0, max_tokens=16, ignore_eos=True).token_ids for m in models]
-    again = [m.generate("Hello", temperature=0, max_tokens=16, ignore_eos=True).token_ids for m in models]
-    assert texts == again and all(t == texts[1] for t in texts[1:])
+    models = [pyruntime.Model(tiny, device=d) for d in ("cpu", GPU, *usable_gpus())]
+
+    def answer(m: pyruntime.Model) -> list[int]:
+        return m.generate("Hello", temperature=0, max_tokens=64, ignore_eos=True).token_ids
+
+    texts = [answer(m) for m in models]
+    with ThreadPoolExecutor(len(models)) as pool:
+        at_once = [list(pool.map(answer, models)) for _ in range(8)]
+    assert all(again == texts for again in at_once) and all(t == texts[1] for t in texts[1:])
     for m in models:
         m.close()
+
+
+def test_another_gpu_alone(tmp_path: Path) -> None:
+    """A model on the second GPU, closed by a thread that never used one: nothing touches the first."""
+    if len(usable_gpus()) < 2:
+        pytest.skip("needs two GPUs")
+    program = """
+import sys, threading, pyruntime
+from pyruntime import _lib
+free = lambda: next(d.memory_free for d in _lib.devices() if d.id == b"cuda:0")
+before = free()
+model = pyruntime.Model(sys.argv[1], device="cuda:1")
+answer = model.generate("Hello", temperature=0, max_tokens=16, ignore_eos=True).token_ids
+closing = threading.Thread(target=model.close)
+closing.start()
+closing.join()
+assert before - free() < 16 << 20, (before, free())
+print(answer)
+"""
+    tiny = write_tiny_model(tmp_path / "tiny")
+    with pyruntime.Model(tiny, device=GPU) as model:
+        expected = model.generate("Hello", temperature=0, max_tokens=16, ignore_eos=True).token_ids
+    run = subprocess.run([sys.executable, "-c", program, str(tiny)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(expected)
 
 
 # ---------------------------------------------------------------- the real model

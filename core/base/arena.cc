@@ -73,7 +73,7 @@ Buffer& Buffer::operator=(Buffer&& o) noexcept {
   std::swap(bytes_, o.bytes_);
   std::swap(release_, o.release_);
   std::swap(base_, o.base_);
-  std::swap(mapped_, o.mapped_);
+  std::swap(extra_, o.extra_);
   return *this;
 }
 
@@ -96,7 +96,7 @@ Buffer host_buffer(int64_t bytes, const char* what, [[maybe_unused]] bool huge) 
 #if defined(_WIN32)
     VirtualFree(b.base(), 0, MEM_RELEASE);
 #else
-    munmap(b.base(), static_cast<size_t>(b.mapped()));
+    munmap(b.base(), static_cast<size_t>(b.extra()));
 #endif
   };
   return Buffer(data, bytes, release, base, mapped);

@@ -12,8 +12,8 @@ class Buffer {
  public:
   using Release = void (*)(const Buffer&);
   Buffer() = default;
-  Buffer(char* data, int64_t bytes, Release release, void* base = nullptr, int64_t mapped = 0)
-      : data_(data), bytes_(bytes), release_(release), base_(base), mapped_(mapped) {}
+  Buffer(char* data, int64_t bytes, Release release, void* base = nullptr, int64_t extra = 0)
+      : data_(data), bytes_(bytes), release_(release), base_(base), extra_(extra) {}
   ~Buffer() {
     if (release_) release_(*this);
   }
@@ -21,15 +21,15 @@ class Buffer {
   Buffer& operator=(Buffer&& other) noexcept;
   char* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
-  void* base() const { return base_; }       // for the release function
-  int64_t mapped() const { return mapped_; }
+  void* base() const { return base_; }       // these two are for the release function alone
+  int64_t extra() const { return extra_; }
 
  private:
   char* data_ = nullptr;
   int64_t bytes_ = 0;
   Release release_ = nullptr;
   void* base_ = nullptr;
-  int64_t mapped_ = 0;
+  int64_t extra_ = 0;
 };
 
 // Zero-filled host memory straight from the system. Physical memory is only taken when touched: in 2 MB pages where `huge`, which

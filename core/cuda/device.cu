@@ -73,6 +73,17 @@ std::string unusable(const cudaDeviceProp& p, int32_t index) {
   return "";
 }
 
+// Gives something back on its own device, whatever the calling thread's is: without a current one CUDA would make a context on device 0.
+// A destructor cannot report, and at the end of a process the driver may be gone before us.
+template <class F>
+void give_back(int32_t device, F f) noexcept {
+  try {
+    const DeviceScope scope(device);
+    f();
+  } catch (...) {
+  }
+}
+
 cudaDeviceProp properties(int32_t index) {
   cudaDeviceProp p{};
   cuda_check(cudaGetDeviceProperties(&p, index), "device properties");
@@ -177,17 +188,20 @@ Buffer device_buffer(int32_t device, int64_t bytes, const char* what) {
     fail(PRT_OUT_OF_MEMORY, what, " needs ", bytes, " bytes (", bytes >> 20, " MiB) on cuda:", device, "; ", device_memory_free(device),
          " bytes (", device_memory_free(device) >> 20, " MiB) are free");
   }
-  return Buffer(static_cast<char*>(data), bytes, [](const Buffer& b) { cudaFree(b.data()); });
+  const auto release = [](const Buffer& b) { give_back(static_cast<int32_t>(b.extra()), [&] { cudaFree(b.data()); }); };
+  return Buffer(static_cast<char*>(data), bytes, release, nullptr, device);
 }
 
-Buffer pinned_buffer(int64_t bytes, const char* what) {
+Buffer pinned_buffer(int32_t device, int64_t bytes, const char* what) {
   if (bytes == 0) return {};
+  const DeviceScope scope(device);
   void* data = nullptr;
   if (const cudaError_t e = cudaHostAlloc(&data, static_cast<size_t>(bytes), cudaHostAllocPortable); e != cudaSuccess) {
     cudaGetLastError();
     fail(PRT_OUT_OF_MEMORY, what, " needs ", bytes, " bytes of pinned host memory: ", cudaGetErrorString(e));
   }
-  return Buffer(static_cast<char*>(data), bytes, [](const Buffer& b) { cudaFreeHost(b.data()); });
+  const auto release = [](const Buffer& b) { give_back(static_cast<int32_t>(b.extra()), [&] { cudaFreeHost(b.data()); }); };
+  return Buffer(static_cast<char*>(data), bytes, release, nullptr, device);
 }
 
 CudaContext::CudaContext(int32_t device) {
@@ -210,8 +224,10 @@ CudaContext::CudaContext(int32_t device) {
 
 CudaContext::~CudaContext() {
   if (!stream_.handle) return;
-  cudaStreamSynchronize(stream_.handle);
-  cudaStreamDestroy(stream_.handle);
+  give_back(stream_.device, [&] {
+    cudaStreamSynchronize(stream_.handle);
+    cudaStreamDestroy(stream_.handle);
+  });
 }
 
 void copy_to_device(const CudaStream& s, void* dst, const void* src, int64_t bytes) {
@@ -236,11 +252,12 @@ void fill(const CudaStream& s, void* dst, int byte, int64_t bytes) {
 void synchronize(const CudaStream& s) { cuda_check(cudaStreamSynchronize(s.handle), "the device"); }
 
 CudaEvent::CudaEvent() = default;
-CudaEvent::CudaEvent(CudaEvent&& other) noexcept : handle_(other.handle_) { other.handle_ = nullptr; }
+CudaEvent::CudaEvent(CudaEvent&& other) noexcept : handle_(other.handle_), device_(other.device_) { other.handle_ = nullptr; }
 CudaEvent::~CudaEvent() {
-  if (handle_) cudaEventDestroy(handle_);
+  if (handle_) give_back(device_, [&] { cudaEventDestroy(handle_); });
 }
 void CudaEvent::record(const CudaStream& s) {
+  device_ = s.device;
   if (!handle_) cuda_check(cudaEventCreateWithFlags(&handle_, cudaEventDisableTiming), "an event");
   cuda_check(cudaEventRecord(handle_, s.handle), "an event");
 }
@@ -249,7 +266,7 @@ void CudaEvent::wait() {
 }
 
 CudaGraph::~CudaGraph() {
-  if (exec_) cudaGraphExecDestroy(exec_);
+  if (exec_) give_back(device_, [&] { cudaGraphExecDestroy(exec_); });
 }
 void CudaGraph::begin(const CudaStream& s) {
   cuda_check(cudaStreamBeginCapture(s.handle, cudaStreamCaptureModeThreadLocal), "recording a graph");
@@ -261,6 +278,7 @@ void CudaGraph::cancel(const CudaStream& s) {
   cudaGetLastError();
 }
 void CudaGraph::end(const CudaStream& s) {
+  device_ = s.device;
   cudaGraph_t graph = nullptr;
   cuda_check(cudaStreamEndCapture(s.handle, &graph), "recording a graph");
   const cudaError_t e = cudaGraphInstantiate(&exec_, graph, 0);

@@ -19,9 +19,10 @@ int32_t cuda_require(const std::string& device);  // "cuda:1" -> 1; fails with t
 
 int64_t device_memory_free(int32_t device);
 Buffer device_buffer(int32_t device, int64_t bytes, const char* what);  // contents undefined
-Buffer pinned_buffer(int64_t bytes, const char* what);                  // host memory that a GPU can copy from while the host goes on
+Buffer pinned_buffer(int32_t device, int64_t bytes, const char* what);  // host memory that the GPU can copy from while the host goes on
 
-// The calls below, and kernel launches, go to the calling thread's current device. A scope makes it `device` and restores it.
+// The calls below, and kernel launches, go to the calling thread's current device. A scope makes it `device` and restores it. What is
+// destroyed needs none: it enters its own device for that, on whatever thread.
 class DeviceScope {
  public:
   explicit DeviceScope(int32_t device);
@@ -66,6 +67,7 @@ class CudaEvent {
 
  private:
   CUevent_st* handle_ = nullptr;
+  int32_t device_ = 0;
 };
 
 // A recorded sequence of launches, replayed as one.
@@ -73,7 +75,7 @@ class CudaGraph {
  public:
   CudaGraph() = default;
   ~CudaGraph();
-  CudaGraph(CudaGraph&& other) noexcept : exec_(other.exec_) { other.exec_ = nullptr; }
+  CudaGraph(CudaGraph&& other) noexcept : exec_(other.exec_), device_(other.device_) { other.exec_ = nullptr; }
   CudaGraph& operator=(CudaGraph&&) = delete;
   static void begin(const CudaStream& s);
   void end(const CudaStream& s);     // after begin() and the launches
@@ -82,6 +84,7 @@ class CudaGraph {
 
  private:
   CUgraphExec_st* exec_ = nullptr;
+  int32_t device_ = 0;
 };
 
 }  // namespace prt

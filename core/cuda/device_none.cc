@@ -19,7 +19,7 @@ Backend cuda_backend(const CudaStream&) { none(); }
 
 int64_t device_memory_free(int32_t) { none(); }
 Buffer device_buffer(int32_t, int64_t, const char*) { none(); }
-Buffer pinned_buffer(int64_t, const char*) { none(); }
+Buffer pinned_buffer(int32_t, int64_t, const char*) { none(); }
 DeviceScope::DeviceScope(int32_t) { none(); }
 DeviceScope::~DeviceScope() = default;
 CudaContext::CudaContext(int32_t) { none(); }

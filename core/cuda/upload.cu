@@ -5,7 +5,7 @@
 namespace prt {
 
 struct Upload::Lane {
-  explicit Lane(int32_t device) : context(device), pinned(pinned_buffer(2 * kPiece, "loading weights")) {}
+  explicit Lane(int32_t device) : context(device), pinned(pinned_buffer(device, 2 * kPiece, "loading weights")) {}
   CudaContext context;
   Buffer pinned;
   CudaEvent sent[2];

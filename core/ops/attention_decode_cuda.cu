@@ -12,8 +12,8 @@
 // The order of d in the first product's sum, and of the rows in the second's result, is free: it is chosen so that every thread reads
 // 16 bytes of a row (K: the 4 lanes of a row 64 bytes together, V: the 8 lanes 128 bytes).
 //
-// Merging. The warps' (max, sum, accumulator) meet in shared memory; a segment cut between CTAs goes to scratch, and the last CTA to
-// arrive adds the parts up in the order of the CTAs.
+// Merging. The warps' (max, sum, accumulator) meet in shared memory, a warp for each head; a segment cut between CTAs goes to scratch, and
+// the last warp to arrive with a head's part adds them up in the order of the CTAs.
 //
 // docs/kernels/attention_decode.md has the measurements, and what lost.
 #include <algorithm>
@@ -21,25 +21,23 @@
 #include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 #include "ops/attention_cuda.h"
+#include "ops/attention_merge.cuh"
 #include "ops/cuda_table.h"
 
 namespace prt::cuda {
 namespace {
 
 constexpr int kPage = static_cast<int>(kPageTokens);
-constexpr float kNegInf = -__builtin_inff();
 // The running maximum is raised only when a score exceeds it by this many powers of two: P stays below 2^8, far from any limit.
 constexpr float kSlack = 8;
 
 struct DecodeArgs {
-  void* out;                  // [n_entry][h_q][d_head]
+  DecodeOut to;               // to.rows: query heads of a head block
   const void *q, *k, *v;      // q: rows of q_stride elements
   const int32_t *kv_len, *page_table;
-  float* partials;            // [2 CTAs][rows][d_head], then [2 CTAs][rows][2]
-  uint32_t* counters;         // one per CTA
-  int64_t q_stride, out_stride, table_stride;
+  int64_t q_stride, table_stride;
   int32_t n_entry, h_kv, group, window;
-  int32_t n_split, rows;      // a group is cut into n_split head blocks of at most `rows` query heads
+  int32_t n_split;            // head blocks that a group is cut into
   float scale;                // times log2(e)
 };
 
@@ -185,70 +183,19 @@ __device__ __forceinline__ void load_value_row(uint32_t (&r)[D / 16], const T* r
   if constexpr (D % 32 != 0) r[D / 16 - 1] = load_once_4(row + d_of<D>(g, D / 16 - 1));
 }
 
-__device__ __forceinline__ float pow2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// A result of one query head so far: scores up to `top` (in powers of two), `total` = sum 2^(score - top), value = sum 2^(...) v.
-struct Partial {
-  float top = kNegInf, total = 0;
-  float4 value{0, 0, 0, 0};
-};
-// All N at once: the only chain is that of the additions.
-template <int N>
-__device__ __forceinline__ void merge(Partial& p, const float2 (&sums)[N], const float4 (&values)[N]) {
-  float top = p.top;
-#pragma unroll
-  for (int n = 0; n < N; ++n) top = fmaxf(top, sums[n].x);
-  const float base = top == kNegInf ? 0 : top, old = pow2(p.top - base);
-  p.top = top;
-  p.total *= old;
-  p.value = {p.value.x * old, p.value.y * old, p.value.z * old, p.value.w * old};
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const float f = pow2(sums[n].x - base);
-    p.total += sums[n].y * f;
-    p.value = {p.value.x + values[n].x * f, p.value.y + values[n].y * f, p.value.z + values[n].z * f, p.value.w + values[n].w * f};
-  }
-}
-template <class T>
-__device__ __forceinline__ void store_result(T* to, const Partial& p) {
-  const float f = p.total == 0 ? 0 : 1 / p.total;
-  const uint2 x{pack2<T>(p.value.x * f, p.value.y * f), pack2<T>(p.value.z * f, p.value.w * f)};
-  *reinterpret_cast<uint2*>(to) = x;
-}
-
-// Counts an arrival: what this CTA wrote before its last barrier is seen by whoever sees the count, and the other way round.
-__device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
-  uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
-}
-
 // Where K, V and the accumulators fill the registers, each warp keeps its Q in shared memory.
 template <int D>
 constexpr bool kParkQ = D > 128;
 __device__ __forceinline__ void load_parked(uint32_t* r, const uint4* from) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(smem_address(from)));
 }
-// 16-byte units of shared memory in which a warp's part is merged: values of all rows and their sums; or one value and sum per thread.
-__host__ __device__ inline int merge_units(int rows, int d) { return max(rows * d / 4 + (rows + 1) / 2, 48); }
 
 template <class T, int D, int NB, int W, int J>
 __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __grid_constant__ DecodeArgs a) {
-  constexpr int kKeys = 16 * J, kThreads = 32 * W, D4 = D / 4;
-  extern __shared__ float4 shared[];  // [W][rows][D4], then [W][rows] (top, total); or [kThreads], then [kThreads] (top, total)
-  // The one or two segments that this CTA shares with others: [0] began before its stretch, [1] goes on after it.
-  __shared__ struct {
-    int entry, head0, heads, first, last;  // CTAs
-    bool mine;
-  } cut[2];
+  constexpr int kKeys = 16 * J;
+  extern __shared__ uint4 memory[];  // the warps' parts, then their Q
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  uint4* parked_q = reinterpret_cast<uint4*>(shared) + W * merge_units(a.rows, D) + warp * NB * D + lane;
-  if (threadIdx.x < 2) cut[threadIdx.x].heads = 0, cut[threadIdx.x].mine = false;
-
+  uint4* parked_q = memory + (W * merge_bytes<D>(a.to.rows)) / 16 + warp * NB * D + lane;
   // kv_len and page_table were copied here by the host and not written by a kernel, so that only what follows the first look-up waits
   // for the kernel before this one.
   const Pages<kKeys> source{a};
@@ -287,10 +234,8 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
   }
   pdl_launch();
 
-  float4* scratch = reinterpret_cast<float4*>(a.partials);
-  float2* scratch_sums = reinterpret_cast<float2*>(scratch + 2 * gridDim.x * a.rows * D4);
   for (int slice = stretch.begin + warp;; source.next(here)) {
-    const int heads = min(a.rows, a.group - here.part * a.rows), head0 = here.kv_head * a.group + here.part * a.rows;
+    const int heads = min(a.to.rows, a.group - here.part * a.to.rows), head0 = here.kv_head * a.group + here.part * a.to.rows;
 
     uint32_t q[NB][D / 8];
 #pragma unroll
@@ -409,9 +354,9 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
       }
     }
 
-    // The warps' parts meet.
-    float* values = reinterpret_cast<float*>(shared);
-    float2* sums = reinterpret_cast<float2*>(shared + W * a.rows * D4);
+    uint8_t* parts = reinterpret_cast<uint8_t*>(memory);
+    float* values = reinterpret_cast<float*>(parts + warp * merge_bytes<D>(a.to.rows));
+    float2* sums = reinterpret_cast<float2*>(values + a.to.rows * kPad<D> * 4);
 #pragma unroll
     for (int b = 0; b < NB; ++b)
 #pragma unroll
@@ -420,79 +365,19 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
         for (int n = 4; n < 32; n *= 2) total[b][i] += __shfl_xor_sync(~0u, total[b][i], n);
         const int head = 8 * b + 2 * c + i;
         if (head >= heads) continue;
-        float* to = values + (warp * a.rows + head) * D;
+        float* to = values + head * kPad<D> * 4;
 #pragma unroll
-        for (int t = 0; t < D / 16; ++t) *reinterpret_cast<float2*>(to + d_of<D>(g, t)) = {o[b][t][i], o[b][t][i + 2]};
-        if (g == 0) sums[warp * a.rows + head] = {top[b][i], total[b][i]};
+        for (int t = 0; t < D / 16; t += 2)  // what two tiles hold lies side by side
+          if (t + 1 < D / 16)
+            *reinterpret_cast<float4*>(to + d_of<D>(g, t)) = {o[b][t][i], o[b][t][i + 2], o[b][t + 1][i], o[b][t + 1][i + 2]};
+          else *reinterpret_cast<float2*>(to + d_of<D>(g, t)) = {o[b][t][i], o[b][t][i + 2]};
+        if (g == 0) sums[head] = {top[b][i], total[b][i]};
       }
     __syncthreads();
-    const bool split = here.begin < stretch.begin || here.end > stretch.end;
-    const int slot = 2 * static_cast<int>(blockIdx.x) + (here.begin >= stretch.begin);
-    T* out = static_cast<T*>(a.out) + here.entry * a.out_stride + head0 * D;
-    for (int i = threadIdx.x; i < heads * D4; i += kThreads) {
-      float2 sum[W];
-      float4 value[W];
-#pragma unroll
-      for (int w = 0; w < W; ++w) sum[w] = sums[w * a.rows + i / D4], value[w] = shared[w * a.rows * D4 + i];
-      Partial part;
-      merge(part, sum, value);
-      if (!split) store_result(out + 4 * i, part);
-      else {
-        scratch[slot * a.rows * D4 + i] = part.value;
-        if (i % D4 == 0) scratch_sums[slot * a.rows + i / D4] = {part.top, part.total};
-      }
-    }
-    if (threadIdx.x == 0 && split)
-      cut[here.begin >= stretch.begin] = {here.entry, head0, heads, here.begin / stretch.length, (here.end - 1) / stretch.length, false};
+    merge<T, D, W, D == 128 ? 16 : 4>(a.to, {here.entry, head0, heads, here.begin / stretch.length, (here.end - 1) / stretch.length}, parts,
+                                      merge_bytes<D>(a.to.rows));
     __syncthreads();
     if (here.end >= stretch.end) break;
-  }
-
-  // The CTAs' parts meet: whoever is last merges them.
-  if (threadIdx.x < 2 && cut[threadIdx.x].heads > 0) {
-    auto& b = cut[threadIdx.x];
-    b.mine = arrive(a.counters + b.first) == static_cast<uint32_t>(b.last - b.first);
-    if (b.mine) a.counters[b.first] = 0;
-  }
-  __syncthreads();
-  for (const auto& b : cut) {
-    if (!b.mine) continue;
-    T* out = static_cast<T*>(a.out) + b.entry * a.out_stride + b.head0 * D;
-    const int items = b.heads * D4, lanes = max(kThreads / items, 1);  // lanes: threads that share the parts of an item
-    const int mine = lanes > 1 ? static_cast<int>(threadIdx.x) / items : 0;
-    for (int i = lanes > 1 ? threadIdx.x % items : threadIdx.x; i < items && mine < lanes; i += kThreads) {
-      constexpr int kBatch = 16;  // asked for together: one round trip for up to 32 CTAs of a Llama head block
-      Partial part;
-      for (int cta = b.first + mine; cta <= b.last; cta += kBatch * lanes) {
-        float2 sum[kBatch];
-        float4 value[kBatch];
-#pragma unroll
-        for (int n = 0; n < kBatch; ++n) {
-          const int of = cta + n * lanes, from = 2 * of + (of == b.first);
-          sum[n] = of <= b.last ? __ldcg(scratch_sums + from * a.rows + i / D4) : float2{kNegInf, 0};
-          value[n] = of <= b.last ? __ldcg(scratch + from * a.rows * D4 + i) : float4{0, 0, 0, 0};
-        }
-        merge(part, sum, value);
-      }
-      if (lanes == 1) store_result(out + 4 * i, part);
-      else {
-        shared[threadIdx.x] = part.value;
-        reinterpret_cast<float2*>(shared + kThreads)[threadIdx.x] = {part.top, part.total};
-      }
-    }
-    if (lanes > 1) {
-      __syncthreads();
-      if (static_cast<int>(threadIdx.x) < items) {
-        Partial part;
-        for (int n = threadIdx.x; n < lanes * items; n += items) {
-          const float2 sum[1] = {reinterpret_cast<const float2*>(shared + kThreads)[n]};
-          const float4 value[1] = {shared[n]};
-          merge(part, sum, value);
-        }
-        store_result(out + 4 * threadIdx.x, part);
-      }
-      __syncthreads();
-    }
   }
 }
 
@@ -505,19 +390,19 @@ int64_t block_rows(int64_t group, int64_t d) {
 DecodeArgs decode_args(const CudaStream& stream, const Attention& a) {
   const int64_t d = a.k_pages.shape[3], h_kv = a.k_pages.shape[1], group = a.q.shape[1] / d / h_kv, rows = block_rows(group, d);
   DecodeArgs args{};
-  args.out = a.out.data, args.q = a.q.data, args.k = a.k_pages.data, args.v = a.v_pages.data;
+  args.to = {a.out.data, a.scratch.as<float>(), stream.counters, a.out.row_stride, static_cast<int32_t>(rows)};
+  args.q = a.q.data, args.k = a.k_pages.data, args.v = a.v_pages.data;
   args.kv_len = a.kv_len.as<int32_t>(), args.page_table = a.page_table.as<int32_t>();
-  args.partials = a.scratch.as<float>(), args.counters = stream.counters;
-  args.q_stride = a.q.row_stride, args.out_stride = a.out.row_stride, args.table_stride = a.page_table.row_stride;
+  args.q_stride = a.q.row_stride, args.table_stride = a.page_table.row_stride;
   args.n_entry = static_cast<int32_t>(a.kv_len.shape[0]), args.h_kv = static_cast<int32_t>(h_kv), args.group = static_cast<int32_t>(group);
-  args.n_split = static_cast<int32_t>((group + rows - 1) / rows), args.rows = static_cast<int32_t>(rows);
+  args.n_split = static_cast<int32_t>((group + rows - 1) / rows);
   args.window = static_cast<int32_t>(std::min<int64_t>(a.window, 1 << 30)), args.scale = a.scale * 1.44269504f;
   return args;
 }
 
 template <class T, int D, int NB, int W, int J>
 void run(const CudaStream& stream, const DecodeArgs& a) {
-  const int64_t smem = 16 * W * (merge_units(a.rows, D) + (kParkQ<D> ? NB * D : 0));
+  const int64_t smem = W * (merge_bytes<D>(a.to.rows) + (kParkQ<D> ? 16 * NB * D : 0));
   prefer_l1(attention_decode_kernel<T, D, NB, W, J>);
   launch(stream, attention_decode_kernel<T, D, NB, W, J>, dim3(static_cast<uint32_t>(stream.n_sm)), dim3(32 * W), smem, a);
 }
@@ -527,10 +412,10 @@ void run(const CudaStream& stream, const DecodeArgs& a) {
 template <class T>
 void decode(const CudaStream& stream, const DecodeArgs& a, int64_t d) {
   switch (d) {
-    case 64: return a.rows > 8 ? run<T, 64, 2, 8, 1>(stream, a) : run<T, 64, 1, 12, 2>(stream, a);
+    case 64: return a.to.rows > 8 ? run<T, 64, 2, 8, 1>(stream, a) : run<T, 64, 1, 12, 2>(stream, a);
     case 80: return run<T, 80, 1, 12, 1>(stream, a);
     case 96: return run<T, 96, 1, 12, 1>(stream, a);
-    case 128: return a.rows > 8 ? run<T, 128, 2, 8, 1>(stream, a) : run<T, 128, 1, 8, 1>(stream, a);
+    case 128: return a.to.rows > 8 ? run<T, 128, 2, 8, 1>(stream, a) : run<T, 128, 1, 8, 1>(stream, a);
     case 256: return run<T, 256, 1, 8, 1>(stream, a);
   }
 }

@@ -141,7 +141,7 @@ void Session::take_memory() {
     std::memcpy(rope_.inv_freq.data, rope_table_.inv_freq.data(), static_cast<size_t>(half_bytes));
     return;
   }
-  pinned_ = pinned_buffer(2 * in_.bytes + out_.bytes, "the inputs of a step");
+  pinned_ = pinned_buffer(model_->device, 2 * in_.bytes + out_.bytes, "the inputs of a step");
   for (int i = 0; i < 2; ++i)
     slots_[i].lay_out(Arena(pinned_.data() + i * in_.bytes), config_.max_batch_tokens, max_entries(), max_pages_, list_bytes());
   out_.lay_out(Arena(pinned_.data() + 2 * in_.bytes));
