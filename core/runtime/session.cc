@@ -54,6 +54,7 @@ Session::Session(std::shared_ptr<const Model> model, const prt_session_config& c
       max_pages_(pages_for(config_.max_context)) {
   config_.n_threads = threads_.size();  // the system may have refused some
   config_.cpu_isa = nullptr;            // the caller's string need not outlive this call
+  const auto scope = device_scope();
   take_memory();
   if (log_wanted(PRT_LOG_INFO))
     log_write(PRT_LOG_INFO,
