@@ -11,16 +11,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard cmake/*) $(shell find core models pyruntime bench/prt_bench -type f \
   \( -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.map' -o -name '*.py' -o -name '*.toml' \))
-PYTHON_FOLDERS := core models pyruntime tests bench $(wildcard examples)
+PYTHON_FOLDERS := core models pyruntime tests bench docs/site $(wildcard examples)
 C_SOURCES = $(shell find core bench $(wildcard examples) -type f \
   \( -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \) -not -name pyruntime.h)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format docs clean
 help:
 	@echo "make demo    build, install into $(VENV), fetch a small model (98 MB, once) and let it answer, also about a long text"
 	@echo "make test    build, install into $(VENV) with what the tests need, and run every test"
 	@echo "make lint    the checks of .ci/run that need no build: ruff, mypy, clang-format, the generated binding"
 	@echo "make format  rewrite the sources as lint wants them"
+	@echo "make docs    build the documentation site into build/site, from README.md, docs/, docstrings and the C header"
 	@echo "make clean   remove $(VENV) and build/"
 
 demo: $(VENV)/.installed
@@ -53,6 +54,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix --exit-zero --quiet .
 	$(BIN)/ruff format $(PYTHON_FOLDERS)
 	$(BIN)/clang-format -i $(C_SOURCES)
+
+# Strict: a dead link, a page outside the navigation or a docstring that is not found fails. No network is used.
+docs: $(VENV)/.docs
+	@echo "== building the documentation into build/site"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) build
@@ -91,4 +97,9 @@ $(VENV)/.test: $(VENV)/.installed
 $(VENV)/.dev: $(VENV)/.test
 	@echo "== installing the checkers"
 	$(PIP) install 'pyruntime[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@echo "== installing MkDocs"
+	$(PIP) install 'pyruntime[docs]'
 	@touch $@

@@ -13,14 +13,7 @@ from . import _abi, env, errors
 _NAME = {"win32": "pyruntime.dll", "darwin": "libpyruntime.dylib"}.get(sys.platform, "libpyruntime.so")
 
 _ERRORS: dict[int, type[errors.PyruntimeError]] = {
-    _abi.PRT_INVALID_ARGUMENT: errors.InvalidArgumentError,
-    _abi.PRT_OUT_OF_MEMORY: errors.OutOfMemoryError,
-    _abi.PRT_OUT_OF_PAGES: errors.OutOfPagesError,
-    _abi.PRT_UNSUPPORTED: errors.UnsupportedModelError,
-    _abi.PRT_BAD_STATE: errors.InvalidArgumentError,
-    _abi.PRT_ABORTED: errors.AbortedError,
-    _abi.PRT_DEVICE_ERROR: errors.DeviceError,
-    _abi.PRT_IO_ERROR: errors.ModelFileError,
+    getattr(_abi, status): kind for kind in errors.PyruntimeError.__subclasses__() for status in kind.statuses
 }
 
 

@@ -25,26 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 stopped by Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? where it can't show a character
-    parser = _parser()
-    # argparse gives up on an optional positional that comes after options ("run MODEL --chat PROMPT"): it lands in `rest`. The "--" before
-    # a prompt that starts with a dash is handled here, because what argparse does with it then differs between Python versions.
-    words, tail = list(sys.argv[1:] if argv is None else argv), list[str]()
-    if words[:1] == ["run"] and words[-2:-1] == ["--"]:
-        words, tail = words[:-2], words[-1:]
-    arguments, rest = parser.parse_known_args(words)
-    rest += tail
-    if rest and getattr(arguments, "prompt", "") is None and (rest == tail or rest[0] == "-" or not rest[0].startswith("-")):
-        arguments.prompt = rest.pop(0)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
         return int(arguments.command(arguments))
-    except InvalidArgumentError as error:
-        print(f"pyruntime: error: {error}", file=sys.stderr)
-        return 2
     except PyruntimeError as error:
         print(f"pyruntime: error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except KeyboardInterrupt:
         print("\npyruntime: stopped", file=sys.stderr)
         return 130
@@ -54,6 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, say
         print(f"pyruntime: error: {error.strerror or error}", file=sys.stderr)
         return 1
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line. Wrong ones end the process with code 2, as argparse does."""
+    parser = _parser()
+    # argparse gives up on an optional positional that comes after options ("run MODEL --chat PROMPT"): it lands in `rest`. The "--" before
+    # a prompt that starts with a dash is handled here, because what argparse does with it then differs between Python versions.
+    words, tail = list(argv), list[str]()
+    if words[:1] == ["run"] and words[-2:-1] == ["--"]:
+        words, tail = words[:-2], words[-1:]
+    arguments, rest = parser.parse_known_args(words)
+    rest += tail
+    if rest and getattr(arguments, "prompt", "") is None and (rest == tail or rest[0] == "-" or not rest[0].startswith("-")):
+        arguments.prompt = rest.pop(0)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,7 +18,6 @@ import pyruntime
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 PACKAGE = Path(pyruntime.get_library()).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 STRICT = ["-Wall", "-Wextra", "-pedantic", "-Werror"]
 LANGUAGES = {"embed.c": ("cc", "-std=c99"), "embed.cpp": ("c++", "-std=c++17")}
 
@@ -142,19 +141,6 @@ def test_pkg_config(tmp_path: Path, embed_cffi: list[int], source: str) -> None:
     link = [*pkg_config("--libs"), f"-Wl,-rpath,{libdir}"]
     run(tool(name), standard, *STRICT, *pkg_config("--cflags"), EXAMPLES / source, "-o", tmp_path / "embed", *link)
     assert tokens_of(run(tmp_path / "embed").stdout) == embed_cffi
-
-
-@pytest.mark.parametrize("block", re.findall(r"^```sh\n(.*?)^```", README.split("## C and C++")[1].split("\n## ")[0], re.S | re.M))
-def test_readme(tmp_path: Path, embed_cffi: list[int], block: str) -> None:
-    for name in ("cmake", "pkg-config", "cc"):
-        tool(name)
-    (tmp_path / "examples").symlink_to(EXAMPLES)
-    (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    done = run("bash", "-euo", "pipefail", "-c", f'cd "{tmp_path}"\n{block}', PATH=f"{python.parent}:{os.environ['PATH']}")
-    assert tokens_of(done.stdout) == embed_cffi
 
 
 def test_add_subdirectory(tmp_path: Path) -> None:

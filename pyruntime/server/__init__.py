@@ -23,9 +23,11 @@ except ImportError as error:
     raise UnsupportedModelError("the server needs the packages starlette and uvicorn: pip install 'pyruntime[server]'") from None
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from ..model import Model
 
-__all__ = ["Server", "Settings"]
+__all__ = ["Server", "Settings", "asgi_app"]
 
 
 class Server:
@@ -93,6 +95,15 @@ class Server:
                 stopped = stopped or time.monotonic()
                 if self._is_hurried or time.monotonic() >= stopped + self._grace:
                     self.api.end_all()
+
+
+def asgi_app(model: Model, settings: Settings | None = None) -> Starlette:
+    """The routes alone, for another ASGI server, or a part of a larger application (examples/ray_serve.py runs them in Ray Serve).
+
+    Without an API key they answer requests for a loopback address or settings.host only, as the server does; limits on connections, and
+    encryption, are the business of what runs them.
+    """
+    return Api(model, settings or Settings(), lambda: False).app()
 
 
 def is_loopback(host: str) -> bool:

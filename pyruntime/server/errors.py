@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..errors import ContextLengthError, InvalidArgumentError, OutOfPagesError, PyruntimeError, QueueFullError, UnsupportedModelError
+from ..errors import InvalidArgumentError, PyruntimeError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_AFTER_S = 1
@@ -34,15 +34,11 @@ def invalid(param: str, message: str) -> ApiError:
 def from_package(error: PyruntimeError, path: str) -> ApiError:
     """What an exception of the package is to a client. path: of the model, which is none of the client's business."""
     message = str(error).replace(path, "the model").partition("\n")[0][:1000]  # what llguidance says may go on for pages
-    if isinstance(error, QueueFullError):
-        return ApiError(429, message, code="queue_full")
-    if isinstance(error, ContextLengthError):
-        return ApiError(400, message, code="context_length_exceeded")
-    if isinstance(error, InvalidArgumentError) and "is closed" not in message:
+    param = None
+    if isinstance(error, InvalidArgumentError):
+        if "is closed" in message:
+            return ApiError(503, message, code="unavailable")
         named = re.match(r"([a-z_]+)(\[\d+\])* (is|are|holds|names|cannot) ", message)
-        return ApiError(400, message, param=named[1] if named else None, code="invalid_value")
-    if isinstance(error, UnsupportedModelError):
-        return ApiError(400, message, code="unsupported")
-    if isinstance(error, OutOfPagesError):
-        return ApiError(503, message, code="out_of_pages")
-    return ApiError(503, message, code="unavailable")
+        param = named[1] if named else None
+    status, code = error.http
+    return ApiError(status, message, param=param, code=code)
