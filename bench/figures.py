@@ -98,9 +98,10 @@ def index() -> list[str]:
         "cpu": default["cluster_seconds"] / cpu["prefill_seconds"],
         "gpu": sparse["cluster_seconds"] / sparse["prompt_seconds"],
     }
+    memory, cpu_time, gpu_time = (f"{100 * share[key]:.{digits}f} %" for key, digits in (("memory", 1), ("cpu", 0), ("gpu", 0)))
     return [
-        f"The index takes {100 * share['memory']:.1f} % of the memory of the KV cache. Making it took {100 * share['cpu']:.0f} % of the time",
-        f"of reading the prompt on a CPU ({cpu['n_prompt']} tokens), {100 * share['gpu']:.0f} % on an H200 ({sparse['depth']:,} tokens).",
+        f"The index takes {memory} of the memory of the KV cache. Making it took {cpu_time} of the time of reading the prompt on a CPU",
+        f"({cpu['n_prompt']} tokens), {gpu_time} on an H200 ({sparse['depth']:,} tokens).",
     ]
 
 

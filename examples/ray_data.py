@@ -35,6 +35,15 @@ class Generate:
         }
 
 
+def read(path: Path) -> Any:
+    """The file as a data set with the column "prompt"."""
+    import ray
+
+    if path.suffix == ".jsonl":
+        return ray.data.read_json(str(path.resolve()), lines=True)
+    return ray.data.read_text(str(path.resolve())).rename_columns({"text": "prompt"})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Generate for every line of a file with Ray Data.")
     parser.add_argument("model", help="catalogue name, hub repository, folder or file; where the actors run, it must mean the same")
@@ -55,21 +64,21 @@ def main() -> int:
     import ray
 
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    if options.input.suffix == ".jsonl":
-        prompts = ray.data.read_json(str(options.input.resolve()), lines=True)
-    else:
-        prompts = ray.data.read_text(str(options.input.resolve())).rename_columns({"text": "prompt"})
-    answers = prompts.repartition(target_num_rows_per_block=options.batch).map_batches(
-        Generate,
-        fn_constructor_kwargs={
-            "model": options.model,
-            "settings": {"device": "cuda" if options.gpus else "cpu", "threads": options.cpus},
-            "sampling": {"max_tokens": options.max_tokens, "temperature": options.temperature, "seed": options.seed},
-        },
-        batch_size=options.batch,
-        concurrency=(1, options.actors),
-        num_cpus=options.cpus,
-        num_gpus=options.gpus,
+    answers = (
+        read(options.input)
+        .repartition(target_num_rows_per_block=options.batch)
+        .map_batches(
+            Generate,
+            fn_constructor_kwargs={
+                "model": options.model,
+                "settings": {"device": "cuda" if options.gpus else "cpu", "threads": options.cpus},
+                "sampling": {"max_tokens": options.max_tokens, "temperature": options.temperature, "seed": options.seed},
+            },
+            batch_size=options.batch,
+            concurrency=(1, options.actors),
+            num_cpus=options.cpus,
+            num_gpus=options.gpus,
+        )
     )
     answers.write_json(str(options.output.resolve()))
     print(f"the answers are in {options.output}")

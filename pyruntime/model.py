@@ -54,12 +54,13 @@ class Model:
         alike; then the least recently used goes. 0: nothing stays. None: two full contexts on a CPU, where memory is only taken as it is
         used, and the whole KV cache on a GPU.
     threads: CPU threads; None: PYRUNTIME_THREADS, else one per physical core. Without effect on a GPU.
+    max_queue: calls that may wait to begin; one more raises QueueFullError.
     progress: show download, loading and the reading of long prompts on stderr.  offline: use only what is on disk.
 
     Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, DeviceError, OutOfMemoryError, InvalidArgumentError.
     Use it as a context manager, or call close(), to free its memory at once. Threads and coroutines may share it: every step of the model
     serves all calls that are in progress, and where the KV cache is too small for them (8 sequences of full length fit, memory
-    permitting), the youngest wait. max_queue: calls that may wait to begin; one more raises QueueFullError.
+    permitting), the youngest wait.
     """
 
     def __init__(

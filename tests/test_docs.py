@@ -8,6 +8,7 @@ built; "text" is no code. `pyruntime serve` starts a server for the rest of the 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -189,7 +190,9 @@ def check_commands(block: Block) -> None:
                 known = subprocess.run([program, *([command] if program == "pyruntime" else []), "--help"], capture_output=True, text=True)
                 for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", line):
                     assert option in known.stdout, f"{block}: {program} {command} has no option {option}"
-            case ["python", program, *_] if block.language == "sh":
+            case ["python", "-m", module, *_]:
+                assert importlib.util.find_spec(module), f"{block}: there is no module {module}"
+            case ["python", program, *_] if program.endswith(".py"):
                 known = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, check=True)
                 for option in re.findall(r"(?<=\s)--[a-z][a-z-]*", line):
                     assert option in known.stdout, f"{block}: {program} has no option {option}"

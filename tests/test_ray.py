@@ -115,14 +115,19 @@ def test_data(tmp_path: Path, alone: list[str]) -> None:
     """A file of prompts, in batches of two by two actors: the rows in their order, with the fields they had."""
     rows = [{"id": 7 * i, "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, EXAMPLES / "ray_data.py", MODEL, "prompts.jsonl", "answers"]
+    command += ["--actors", "2", "--cpus", "1", "--batch", "2", "--max-tokens", "8"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads(line) for path in sorted((tmp_path / "answers").iterdir()) for line in path.read_text().splitlines()]
+    assert [{key: row[key] for key in ("id", "prompt")} for row in found] == rows
+    assert [row["text"] for row in found] == alone and {row["completion_tokens"] for row in found} == {8}
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 2, "it would have added to the folder"
+
+
+def test_data_from_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import ray_data
+
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    for name in ("prompts.jsonl", "prompts.txt"):
-        out = tmp_path / f"answers-{name}"
-        options = ["--actors", "2", "--cpus", "1", "--batch", "2", "--max-tokens", "8"]
-        command = [sys.executable, EXAMPLES / "ray_data.py", MODEL, name, out.name, *options]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        found = [json.loads(line) for path in sorted(out.iterdir()) for line in path.read_text().splitlines()]
-        assert [row["text"] for row in found] == alone
-        assert [row["prompt"] for row in found] == PROMPTS and {row["completion_tokens"] for row in found} == {8}
-        assert name != "prompts.jsonl" or [row["id"] for row in found] == [row["id"] for row in rows]
+    assert ray_data.read(tmp_path / "prompts.txt").take_all() == [{"prompt": prompt} for prompt in PROMPTS]
