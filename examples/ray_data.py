@@ -36,9 +36,10 @@ class Generate:
 
 
 def read(path: Path) -> Any:
-    """The file as a data set with the column "prompt"."""
+    """The file as a data set with the column "prompt", whose order is kept."""
     import ray
 
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
     if path.suffix == ".jsonl":
         return ray.data.read_json(str(path.resolve()), lines=True)
     return ray.data.read_text(str(path.resolve())).rename_columns({"text": "prompt"})
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument("input", type=Path, help=".jsonl with a field 'prompt', or text with a prompt per line")
     parser.add_argument("output", type=Path, help="folder for the results")
     parser.add_argument("--actors", type=int, default=1, metavar="N", help="most models at a time (default 1)")
-    parser.add_argument("--cpus", type=int, default=2, metavar="N", help="cores, and threads, of each (default 2)")
+    parser.add_argument("--cpus", type=int, default=1, metavar="N", help="cores, and threads, of each (default 1)")
     parser.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs of each: 1, or 0 for the CPU (default 0)")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="prompts that an actor gets at a time (default 64)")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="(default 128)")
@@ -63,7 +64,9 @@ def main() -> int:
 
     import ray
 
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    ray.init()
+    if (there := ray.cluster_resources().get("CPU", 0)) < options.cpus + 1:  # it would wait for ever
+        parser.error(f"--cpus is {options.cpus} and reading and writing need one more; the cluster has {there:g}")
     answers = (
         read(options.input)
         .repartition(target_num_rows_per_block=options.batch)

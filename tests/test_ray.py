@@ -24,7 +24,7 @@ import pytest
 import pyruntime
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'pyruntime[ray]' (.ci/run does, in a step of its own)")
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PROMPTS = ["One, two,", "The sky is", "Water boils at", "My name is", "In the year 1969", "Once upon a time"]
@@ -122,7 +122,10 @@ def test_data(tmp_path: Path, alone: list[str]) -> None:
     found = [json.loads(line) for path in sorted((tmp_path / "answers").iterdir()) for line in path.read_text().splitlines()]
     assert [{key: row[key] for key in ("id", "prompt")} for row in found] == rows
     assert [row["text"] for row in found] == alone and {row["completion_tokens"] for row in found} == {8}
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 2, "it would have added to the folder"
+    for wrong, option in (("exists", "1"), ("the cluster has 4", "4")):
+        command[4], command[8] = "answers" if option == "1" else "other", option
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and wrong in done.stderr, done.stderr
 
 
 def test_data_from_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
