@@ -67,7 +67,7 @@ void Session::move_pages(bool to_host, const Tensor& pool_pages, const int32_t* 
 }
 
 Buffer Session::transfer_buffer(int64_t bytes) const {
-  return on_cuda() ? pinned_buffer(bytes, "a copy of KV pages") : host_buffer(bytes, "a copy of KV pages", false);
+  return on_cuda() ? pinned_buffer(model_->device, bytes, "a copy of KV pages") : host_buffer(bytes, "a copy of KV pages", false);
 }
 
 void Session::export_sequence(int64_t seq, const std::function<void(const void*, int64_t)>& write) {
