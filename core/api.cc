@@ -257,6 +257,25 @@ prt_status prt_sequence_free(prt_session* session, int64_t seq) {
   return with_session(session, [&](Session& s) { s.pool.free(seq); });
 }
 
+prt_status prt_sequence_export(prt_session* session, int64_t seq, prt_write_fn write, void* user) {
+  return with_session(session, [&](Session& s) {
+    deref(write, "write");
+    s.export_sequence(seq, [&](const void* data, int64_t bytes) {
+      if (write(user, data, bytes) != 0) fail(PRT_ABORTED, "export: the caller stopped it");
+    });
+  });
+}
+
+prt_status prt_sequence_import(prt_session* session, prt_read_fn read, void* user, int64_t* seq) {
+  return with_session(session, [&](Session& s) {
+    deref(read, "read");
+    int64_t& made = deref(seq, "seq");
+    made = s.import_sequence([&](void* data, int64_t bytes) {
+      if (read(user, data, bytes) != 0) fail(PRT_ABORTED, "import: the caller stopped it");
+    });
+  });
+}
+
 prt_status prt_session_set_attention(prt_session* session, const prt_attention* attention) {
   return with_session(session, [&](Session& s) {
     const prt_attention defaults = PRT_ATTENTION_INIT;

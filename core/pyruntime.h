@@ -58,7 +58,7 @@ typedef enum prt_status {
   PRT_OUT_OF_PAGES = 3,     /* the KV page pool; the text has the pages needed and free. Nothing changed. */
   PRT_UNSUPPORTED = 4,      /* understood, but this version or build cannot do it */
   PRT_BAD_STATE = 5,        /* the call came too early or too late, e.g. a step before finalize */
-  PRT_ABORTED = 6,          /* the abort callback said stop; the KV cache is as before the call */
+  PRT_ABORTED = 6,          /* a callback said stop; the KV cache is as before the call */
   PRT_DEVICE_ERROR = 7,     /* the device is missing, too old, or failed */
   PRT_IO_ERROR = 8,         /* a file could not be read */
   PRT_INTERNAL = 9          /* a defect of the library */
@@ -217,6 +217,20 @@ PRT_API prt_status prt_sequence_fork(prt_session *session, int64_t seq, int64_t 
 PRT_API prt_status prt_sequence_truncate(prt_session *session, int64_t seq, int64_t n_token);
 PRT_API prt_status prt_sequence_length(prt_session *session, int64_t seq, int64_t *n_token);
 PRT_API prt_status prt_sequence_free(prt_session *session, int64_t seq);
+
+/* A sequence as bytes, for a file: the caller's function takes or gives them in order, some megabytes at a time, and returns 0, or anything
+ * else to stop with PRT_ABORTED. It runs on the calling thread and must not call into the session. What is written depends on the machine's
+ * byte order only, ends with the last row, and never holds rows of other sequences: 88 bytes of numbers, 4 for each stretch of pages that
+ * sparse attention has clustered, and prt_session_stats.page_bytes for each page.
+ *
+ * Import makes a new sequence with the same tokens, of which the caller must know the ids. It refuses rows of another dtype or shape, and of
+ * another max_context where the rope depends on it; whether they were made with the same weights is for the caller to know. Where the
+ * attention policy in force clusters like the exporting session's did, the same stretches are clustered again, so that the next tokens are
+ * those that the exporting session would have made; else rows are as if they came from a prompt. */
+typedef int32_t (*prt_write_fn)(void *user, const void *data, int64_t bytes);
+typedef int32_t (*prt_read_fn)(void *user, void *data, int64_t bytes); /* fills all of them */
+PRT_API prt_status prt_sequence_export(prt_session *session, int64_t seq, prt_write_fn write, void *user);
+PRT_API prt_status prt_sequence_import(prt_session *session, prt_read_fn read, void *user, int64_t *seq);
 
 /* ---------------------------------------------------------------- attention */
 

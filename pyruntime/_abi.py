@@ -44,6 +44,8 @@ PRT_ESTIMATOR_MOMENT = 1
 prt_log_fn = c.CFUNCTYPE(None, c.c_void_p, c.c_int32, c.c_char_p)
 prt_abort_fn = c.CFUNCTYPE(c.c_int32, c.c_void_p)
 prt_progress_fn = c.CFUNCTYPE(None, c.c_void_p, c.c_int64, c.c_int64)
+prt_write_fn = c.CFUNCTYPE(c.c_int32, c.c_void_p, c.c_void_p, c.c_int64)
+prt_read_fn = c.CFUNCTYPE(c.c_int32, c.c_void_p, c.c_void_p, c.c_int64)
 
 
 class prt_device_info(c.Structure):
@@ -318,6 +320,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "prt_sequence_truncate": (c.c_int32, [c.c_void_p, c.c_int64, c.c_int64]),
     "prt_sequence_length": (c.c_int32, [c.c_void_p, c.c_int64, c.POINTER(c.c_int64)]),
     "prt_sequence_free": (c.c_int32, [c.c_void_p, c.c_int64]),
+    "prt_sequence_export": (c.c_int32, [c.c_void_p, c.c_int64, prt_write_fn, c.c_void_p]),
+    "prt_sequence_import": (c.c_int32, [c.c_void_p, prt_read_fn, c.c_void_p, c.POINTER(c.c_int64)]),
     "prt_session_set_attention": (c.c_int32, [c.c_void_p, c.POINTER(prt_attention)]),
     "prt_attention_page_bytes": (c.c_int32, [c.c_void_p, c.POINTER(prt_attention), c.POINTER(c.c_int64)]),
     "prt_session_get_attention_stats": (c.c_int32, [c.c_void_p, c.c_int32, c.c_int32, c.POINTER(prt_attention_stats)]),

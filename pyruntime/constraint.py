@@ -58,7 +58,7 @@ class Grammars:
             return None
         made = matcher(self._tokenizer, source, log_level=0)
         if made.is_error():
-            raise InvalidArgumentError(f"{kind} cannot be used: {made.get_error().strip()}")
+            raise InvalidArgumentError(f"{kind} cannot be used: {_reason(made.get_error())}")
         return Constraint(made, kind)
 
 
@@ -83,7 +83,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InvalidArgumentError(f"the output cannot go on as {self._kind} says: {self._matcher.get_error().strip()}")
+            raise InvalidArgumentError(f"the output cannot go on as {self._kind} says: {_reason(self._matcher.get_error())}")
 
 
 class _Vocabulary:
@@ -97,4 +97,16 @@ class _Vocabulary:
 
     def __call__(self, text: str | bytes) -> list[int]:
         text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+        except InvalidArgumentError:  # a character that no token spells; an exception would be a panic over there
+            return [token for c in text if len(text) > 1 for token in self(c)]
+
+
+def _reason(said: str) -> str:
+    """What llguidance says, as one sentence: without its picture of the place, its state, or where in its own code it failed."""
+    first, *more = said.partition("<state>")[0].strip().splitlines() or [""]
+    if first.startswith("panic"):
+        return "llguidance failed on it; a simpler one may do"
+    detail = next((line.removeprefix("error: ") for line in more if line.startswith("error: ")), "")
+    return f"{first} {detail}".strip()[:400]

@@ -55,7 +55,7 @@ class Conversation:
 
     def clear(self) -> None:
         """Forgets all but the system message."""
-        self.messages = [m for m in self.messages if m["role"] == "system"]
+        self.messages, self._ids = [m for m in self.messages if m["role"] == "system"], []
 
     @property
     def system(self) -> str | None:
@@ -77,21 +77,24 @@ class Conversation:
         """Whether the last answer ended because there was no more room in the context."""
         return self.last is not None and self.last.finish_reason == "length" and self.last.usage.total_tokens >= self._model.max_context
 
-    def save(self, path: Path) -> None:
-        """Writes {"model": name, "messages": [...]} as JSON. Raises InvalidArgumentError when the file cannot be written."""
+    def save(self, path: Path, *, kv: bool = False) -> int:
+        """Writes {"model": name, "messages": [...]} as JSON; with kv, also what was read and said to kv_path(path), of as many tokens as it
+        returns. Raises InvalidArgumentError when a file cannot be written."""
         try:
             path.write_text(json.dumps({"model": self._model.name, "messages": self.messages}, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise InvalidArgumentError(f"{path}: cannot be written ({error.strerror})") from None
+        return self._model.save(kv_path(path), self._ids or self._model.chat_ids(self.messages or [_message("user", "")])) if kv else 0
 
     def load(self, path: Path) -> str:
         """Takes the messages of a saved file in place of the present ones; returns the name of the model that it was saved with.
+        Model.load(kv_path(path)) takes the KV.
 
         Raises InvalidArgumentError for a file that is not as save() writes it; nothing has changed then.
         """
         name, messages = read_conversation(path)
         self._model.chat_ids(messages or [_message("user", "")])  # what this model's template refuses is refused before it is taken
-        self.messages = messages
+        self.messages, self._ids = messages, []
         return name
 
     def _last_question(self) -> int:
@@ -119,6 +122,11 @@ class Conversation:
                 self.messages = [*asked, _message("assistant", done.text)]
                 self._n_answer += 1
                 self.last = done
+
+
+def kv_path(path: Path) -> Path:
+    """Where the KV of a saved conversation is: FILE.kv."""
+    return path.with_name(path.name + ".kv")
 
 
 def read_conversation(path: Path) -> tuple[str, list[dict[str, str]]]:

@@ -47,7 +47,7 @@ class Engine:
         """Puts the call into the queue. Nothing runs yet unless somebody waits."""
         with self._lock:
             self._check_open()
-            waiting = sum(not c.begun for c in self.batch.calls)
+            waiting = sum(not (c.begun or c.cancelled.is_set()) for c in self.batch.calls)  # who was cancelled goes after this step
             if waiting >= self.max_queue:
                 raise QueueFullError(f"{waiting} calls are waiting for the model, as many as may: try again later")
             for request in call.requests:
@@ -110,6 +110,23 @@ class Engine:
             with self._lock:
                 self._leader = 0
                 self._pass_on()
+
+    # for those who borrow(): sequences of what is kept for later prompts
+
+    def fork_kept(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """(a new sequence, how many first tokens are in it); see PrefixCache.fork."""
+        with self._lock:
+            return self.batch.prefixes.fork(tokens)
+
+    def keep(self, seq: int, tokens: list[int]) -> None:
+        """Takes over a sequence for later prompts; see PrefixCache.put."""
+        with self._lock:
+            self.batch.prefixes.put(seq, tokens)
+
+    def make_room(self, n_page: int) -> None:
+        """As borrow() does it."""
+        with self._lock:
+            self.batch.make_room(n_page)
 
     def set_attention(self, attention: Attention) -> None:
         """Another policy for all, from the next step on."""

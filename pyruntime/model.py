@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from . import catalog, download, env
+from . import catalog, download, env, kv_file
 from ._abi import PAGE_TOKENS
 from ._lib import devices
 from .attention import Attention
@@ -122,6 +122,7 @@ class Model:
             prefix_pages=self._prefix_pages(prefix_cache, n_page),
         )
         self._grammars: Grammars | None = None
+        self._fingerprint: str | None = None
         try:
             self.set_attention(self.attention)
         except BaseException:
@@ -268,6 +269,30 @@ class Model:
         """Gives up all pages that are kept for later prompts."""
         self._engine.clear_prefixes()
 
+    def save(self, path: str | os.PathLike[str], prompt: Prompt) -> int:
+        """Writes the KV of a text (or token ids) to a file, so that load() spares reading it again; returns for how many tokens.
+
+        What earlier calls left in the KV cache is taken from there, with the clusters of sparse attention; the rest is read first. If only
+        the last token is missing, it is left out: it will be read with what follows. The file replaces an older one when it is complete.
+        Other calls wait meanwhile. Its size is stats()["page_bytes"] for each 64 tokens, and docs/adr/0017 says what is in it.
+
+        Raises ContextLengthError for a text that does not fit, InvalidArgumentError for a file that cannot be written.
+        """
+        self._check_open()
+        ids = self._fitting(self._prompt_ids(prompt))
+        return kv_file.save(self._engine, Path(path), ids, self._origin())
+
+    def load(self, path: str | os.PathLike[str]) -> list[int]:
+        """Puts the KV of a file that save() wrote into the KV cache and returns the ids of its tokens. A later prompt that begins with them
+        does not read them again (usage.cached_tokens), and its answer is the one that it would have had where they were saved: to the bit
+        on a machine of the same kind under the same attention policy.
+
+        Raises InvalidArgumentError for a file of another model, dtype or version, one that is not as it was written, or one that is larger
+        than the prefix_cache; OutOfPagesError where it does not fit.
+        """
+        self._check_open()
+        return kv_file.load(self._engine, Path(path), self._origin(), n_vocab=self.config.n_vocab, max_context=self.max_context)
+
     # -- scoring
 
     def logits(self, ids: Sequence[int]) -> FloatArray:
@@ -353,6 +378,14 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<pyruntime.Model {self.name} on {self.device}, {self.dtype}, max_context {self.max_context}>"
+
+    def _origin(self) -> kv_file.Origin:
+        """What files with rows of this model say about it."""
+        if self._fingerprint is None:
+            with open_checkpoint(self.path) as checkpoint:
+                self._fingerprint = kv_file.fingerprint(checkpoint)
+        name = self.path.name if Path(self.name).exists() else self.name  # where it lies is nobody else's business
+        return kv_file.Origin(name, self._fingerprint, self.dtype)
 
     def _check_open(self) -> None:
         if not self._session.handle:

@@ -296,6 +296,47 @@ class Session(_Handle):
             if self.handle:
                 check(lib().prt_sequence_free(self.handle, seq))
 
+    def export_sequence(self, seq: int, write: Callable[[memoryview], object]) -> None:
+        """Hands what the sequence holds to `write`, in order and some megabytes at a time: prt_sequence_export in pyruntime.h."""
+        callback = _abi.prt_write_fn(self._transfer(write))
+        with self._open():
+            with self._interruptible():
+                status = lib().prt_sequence_export(self.handle, seq, callback, None)
+            self._raise_kept()
+            check(status)
+
+    def import_sequence(self, read: Callable[[memoryview], object]) -> int:
+        """A new sequence of what export_sequence() wrote; `read` fills the memory that it is given. On an error there is none."""
+        callback, seq = _abi.prt_read_fn(self._transfer(read)), ctypes.c_int64()
+        with self._open():
+            with self._interruptible():
+                status = lib().prt_sequence_import(self.handle, callback, None, ctypes.byref(seq))
+            try:
+                self._raise_kept()
+            except BaseException:
+                if status == _abi.PRT_OK:
+                    check(lib().prt_sequence_free(self.handle, seq.value))
+                raise
+            check(status)
+        return seq.value
+
+    def _transfer(self, use: Callable[[memoryview], object]) -> Callable[[Any, int, int], int]:
+        """`use` as a callback: it gets the bytes; what it raises stops the call, and is raised when that returns."""
+
+        def call(_user: Any, address: int, n: int) -> int:
+            try:
+                use(memoryview((ctypes.c_char * n).from_address(address)).cast("B"))
+            except BaseException as error:
+                self._error = error
+            return int(self._error is not None)
+
+        return call
+
+    def _raise_kept(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
     def _number(self, function: Any, *arguments: int) -> int:
         value = ctypes.c_int64()
         check(function(self.handle, *arguments, ctypes.byref(value)))

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .conversation import kv_path
 from .errors import ContextLengthError, InvalidArgumentError, PyruntimeError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ HELP = f"""\
 /system [TEXT]     show or set the system message; /system "" removes it
 /attention [NAME]  show or set the attention policy
 /stats             tokens, speed and memory
-/save FILE         write the conversation as JSON
+/save FILE         write the conversation as JSON; with --kv also FILE.kv, so that /load need not read it again
 /load FILE         go on from a saved conversation
 /retry             answer the last question again
 /undo              take the last question and its answer back
@@ -134,9 +135,11 @@ class _Terminal:
         self._note(f"attention: {self._model.attention}")
 
     def _save(self, name: str) -> None:
-        path = _path("save", name)
-        self._conversation.save(path)
-        self._note(f"{path}: {len(self._conversation.messages)} messages saved")
+        kv = f" {name}".endswith(" --kv")
+        path = _path("save", name.removesuffix("--kv").strip() if kv else name)
+        n_token = self._conversation.save(path, kv=kv)
+        tokens = f", {n_token} tokens in {kv_path(path).name}" if kv else ""
+        self._note(f"{path}: {len(self._conversation.messages)} messages saved{tokens}")
 
     def _load(self, name: str) -> None:
         self._note(load(self._model, self._conversation, _path("load", name)))
@@ -180,7 +183,13 @@ def load(model: Model, conversation: Conversation, path: Path) -> str:
     """Loads a conversation; returns what to say about it."""
     name = conversation.load(path)
     other = "" if name == model.name else f", saved with {shorten(name)}"
-    return f"{path}: {len(conversation.messages)} messages loaded{other}"
+    kv = ""
+    if kv_path(path).exists():
+        try:
+            kv = f"; {len(model.load(kv_path(path)))} tokens need not be read again"
+        except PyruntimeError as error:  # without it, the next question reads the conversation
+            kv = f"; {printable(str(error))}"
+    return f"{path}: {len(conversation.messages)} messages loaded{other}{kv}"
 
 
 def shorten(text: str, width: int = 60) -> str:

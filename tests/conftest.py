@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import write_tiny_model
 
 import pyruntime
 from pyruntime import catalog, download
 
 DATA = Path(__file__).parent / "data"
+SPARSE = "tactic:min_context=70,segment=256,window=0,sinks=0,p=0.02,tail=0,cluster=4"  # on short texts already, and few rows of them
 TEXT = DATA / "jargon-60k.txt"  # the Jargon File (public domain), 14,608 SmolLM2 tokens
 
 
@@ -36,6 +38,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("model")
         if no_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=no_gpu))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two layers, 96 tokens that are characters, and random weights."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=8192)
 
 
 @pytest.fixture(scope="session")

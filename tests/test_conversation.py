@@ -12,8 +12,9 @@ import pytest
 from tiny import write_tiny_model
 
 import pyruntime
-from pyruntime.conversation import Conversation, read_conversation
+from pyruntime.conversation import Conversation, kv_path, read_conversation
 from pyruntime.errors import ContextLengthError, InvalidArgumentError, UnsupportedModelError
+from pyruntime.terminal import load
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +249,22 @@ def test_files_that_cannot_be_read(talk: Conversation, tmp_path: Path) -> None:
     if os.path.exists("/dev/zero"):
         with pytest.raises(InvalidArgumentError, match="more than 64 MiB"):
             talk.load(Path("/dev/zero"))
+
+
+def test_kv_beside_the_conversation(tiny: pyruntime.Model, folder: Path, tmp_path: Path) -> None:
+    """A saved chat goes on in another model without being read again, and with the same answer; without the file it is read."""
+    talk = Conversation(tiny, system="Be brief.", temperature=0, max_tokens=20)
+    "".join(talk.turn("a question of some length"))
+    n_token = talk.save(tmp_path / "c.json", kv=True)
+    assert n_token == talk.last.usage.total_tokens - 1
+    want = "".join(talk.turn("another"))
+    n_cached = talk.last.usage.cached_tokens
+    with pyruntime.Model(folder, threads=1) as model:
+        other = Conversation(model, temperature=0, max_tokens=20)
+        assert load(model, other, tmp_path / "c.json").endswith(f"3 messages loaded; {n_token} tokens need not be read again")
+        assert "".join(other.turn("another")) == want
+        assert other.last.usage.cached_tokens == n_cached > 50
+        model.clear_cache()
+        kv_path(tmp_path / "c.json").write_bytes(b"damaged")
+        assert "is not a KV file" in load(model, other, tmp_path / "c.json")
+        assert "".join(other.turn("another")) == want and other.last.usage.cached_tokens == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import write_tiny_model
+from conftest import SPARSE
 
 import pyruntime
 from pyruntime.attention import Attention
@@ -32,12 +32,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 6, "repetition_penalty": 1.3, "max_tokens": 33},
     {"temperature": 0.8, "seed": 7, "top_k": 9, "frequency_penalty": 0.5, "max_tokens": 64},
 ]
-SPARSE = "tactic:min_context=70,segment=256,window=0,sinks=0,p=0.02,tail=0,cluster=4"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("engine") / "tiny", max_position_embeddings=4096)
 
 
 @pytest.fixture(scope="module")

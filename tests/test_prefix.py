@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import write_tiny_model
+from conftest import SPARSE
 
 import pyruntime
 from pyruntime.attention import Attention
@@ -22,12 +22,6 @@ from pyruntime.sampling import SamplingParams
 from pyruntime.session import Entry, Session
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
-SPARSE = "tactic:min_context=70,segment=256,window=0,sinks=0,p=0.02,tail=0,cluster=4"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("prefix") / "tiny", max_position_embeddings=8192)
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def test_commands(tiny: str, answers: list[str], tmp_path: Path) -> None:
     lines = [
         "/help",
         "one",
-        f"/save {file}",
+        f"/save {file} --kv",
         "/stats",
         "two",
         "/undo",
@@ -125,7 +125,7 @@ def test_commands(tiny: str, answers: list[str], tmp_path: Path) -> None:
         "/attention tactic:p=0.75",
         "/attention snap",
         "/fly",
-        "/save",
+        "/save --kv",
         "/save ~no-such-user/x",
         "/load a\0b",
     ]
@@ -133,7 +133,8 @@ def test_commands(tiny: str, answers: list[str], tmp_path: Path) -> None:
     assert code == 1  # of the last six
     assert out == "\n".join([answers[0], answers[1], answers[0], answers[1]]) + "\n"
     for part in (
-        "/retry             answer", f"{file}: 2 messages saved", f"{file}: 2 messages loaded\n", "taken back: two", "a new conversation",
+        "/retry             answer", f"{file}: 2 messages saved, ", " tokens in c.json.kv", f"{file}: 2 messages loaded; ",
+        "taken back: two", "a new conversation",
         "conversation  2 messages", "last answer   ", "0 of them cached", "system message: Brief.\nsystem message: Brief.",
         "system message: none", "attention: full\nattention: full", "attention: tactic:p=0.75",
     ):  # fmt: skip

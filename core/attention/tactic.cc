@@ -192,6 +192,24 @@ void Tactic::close_segments(int64_t seq, int64_t page, int64_t n_segment, int64_
   n_clustered_ += n_segment * n_page * kPageTokens;
 }
 
+void Tactic::restore(int64_t seq, const std::vector<int32_t>& segments) {
+  const auto start = std::chrono::steady_clock::now();
+  copy_from_.clear();
+  copy_to_.clear();
+  int64_t page = first_page();
+  for (size_t i = 0; i < segments.size();) {
+    const int64_t n = segments[i], most = segments_at_once(n);
+    check(n <= pages_of_segment(config_), "import: a segment of ", n, " pages, expected ", pages_of_segment(config_), " or fewer");
+    int64_t alike = 1;
+    while (alike < most && i + static_cast<size_t>(alike) < segments.size() && segments[i + static_cast<size_t>(alike)] == n) ++alike;
+    close_segments(seq, page, alike, n);
+    page += alike * n;
+    i += static_cast<size_t>(alike);
+  }
+  if (backend_.cuda) synchronize(*backend_.stream);
+  cluster_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 // Pages src of a closed segment, as they were before, go to dst.
 void Tactic::open(const int32_t* src, int64_t n, const int32_t* dst, int64_t m) {
   const Tensor from = send(0, src, n), to = send(1, dst, m);

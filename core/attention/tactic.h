@@ -26,6 +26,12 @@ class Tactic : public Policy {
   // Other values for the same sequences. Where these change how keys are clustered, every segment is opened and clustered again when
   // needed. Should the memory for that be gone although it was there a moment ago, the policy is not usable() any more.
   void configure(const prt_attention& config);
+  // Clusters just these segments, numbers of pages from first_page() on: those that the sequence had when its rows were exported.
+  void restore(int64_t seq, const std::vector<int32_t>& segments);
+  const prt_attention& config() const { return config_; }
+  bool same_clusters(const prt_attention& c) const;
+  int64_t first_page() const { return (config_.sinks + kPageTokens - 1) / kPageTokens; }
+  const Tensor& order(int64_t layer) const { return at_.index[static_cast<size_t>(layer)].order; }  // ClusterIndex
   bool usable() const { return memory_.data() != nullptr; }
   bool wants(int64_t kv_len) const override { return kv_len >= config_.min_context; }
   void prepare(const int64_t* seq, int64_t n) override;
@@ -57,8 +63,6 @@ class Tactic : public Policy {
   // Decode rows and segments that are worked on at a time: bounds the working memory.
   int64_t entries_at_once() const { return backend_.cuda ? 16 : 8; }
   int64_t segments_at_once(int64_t n_page) const { return backend_.cuda ? std::max<int64_t>(1, 2048 / n_page) : 4; }
-  bool same_clusters(const prt_attention& c) const;
-  int64_t first_page() const { return (config_.sinks + kPageTokens - 1) / kPageTokens; }
   int64_t closed_end(const Sequence& s) const;
   void close(int64_t seq);
   void close_segments(int64_t seq, int64_t page, int64_t n_segment, int64_t n_page);

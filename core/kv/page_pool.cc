@@ -7,10 +7,6 @@
 
 namespace prt {
 
-namespace {
-int64_t pages_for(int64_t n_token) { return (n_token + PRT_PAGE_TOKENS - 1) / PRT_PAGE_TOKENS; }
-}  // namespace
-
 PagePool::PagePool(int32_t n_page, int64_t max_context)
     : max_context_(max_context), refs_(static_cast<size_t>(n_page), 0), segment_(refs_) {
   free_.resize(refs_.size());

@@ -9,6 +9,8 @@
 
 namespace prt {
 
+inline int64_t pages_for(int64_t n_token) { return (n_token + PRT_PAGE_TOKENS - 1) / PRT_PAGE_TOKENS; }
+
 struct Sequence {
   std::vector<int32_t> pages;
   int64_t length = 0;  // tokens

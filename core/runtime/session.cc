@@ -18,8 +18,6 @@ void settle(const CudaStream& s) {
   }
 }
 
-int64_t pages_for(int64_t n_token) { return (n_token + kPageTokens - 1) / kPageTokens; }
-
 int64_t page_bytes(const ModelConfig& c) { return 2 * int64_t{c.n_layer} * c.kv_size() * kPageTokens * dtype_size(c.weight_dtype()); }
 
 prt_session_config complete(prt_session_config s, const Model& m) {

@@ -1,6 +1,7 @@
 // A page pool, the working memory of one step, and the step itself.
 #pragma once
 #include <chrono>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -32,6 +33,9 @@ class Session {
   void step(const prt_batch& batch);
   void set_attention(const prt_attention& attention);
   void truncate(int64_t seq, int64_t n_token);
+  // See prt_sequence_export. `write` and `read` end either by an exception.
+  void export_sequence(int64_t seq, const std::function<void(const void*, int64_t)>& write);
+  int64_t import_sequence(const std::function<void(void*, int64_t)>& read);
   AttentionCounters attention_counters(int64_t layer, int64_t kv_head) const;
   prt_session_stats stats() const;
 
@@ -100,6 +104,8 @@ class Session {
   void take_top(int64_t n_top);
   void run_chunks(const prt_batch& batch, int64_t n_tok);
   bool keep_going();
+  void move_pages(bool to_host, const Tensor& pool_pages, const int32_t* pages, int64_t n, char* host) const;
+  Buffer transfer_buffer(int64_t bytes) const;
 
   std::shared_ptr<const Model> model_;
   prt_session_config config_;

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from base64 import b64encode
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,8 @@ class Api:
             answers = Answers(self.model, self.name, job, prompts, is_chat=is_chat)
             if job.stream:
                 generation = _Stream(self.model, prompts, cancel)  # a full queue is said here, with its own status
-                return EventStream(self._events(generation, answers), on_gone=self._count_gone, on_end=leave)
+                events = self._events(generation, answers)
+                return EventStream(events, end=generation.close, on_gone=self._count_gone, on_end=leave)
             answer = await self._whole(http, answers, prompts, cancel)
         except BaseException:
             leave()
@@ -144,7 +145,7 @@ class Api:
             work.cancel()
             await asyncio.gather(gone, work, return_exceptions=True)
 
-    async def _events(self, generation: _Stream, answers: Answers) -> AsyncIterator[Any]:
+    async def _events(self, generation: _Stream, answers: Answers) -> AsyncGenerator[Any, None]:
         try:
             for chunk in answers.first():
                 yield chunk
@@ -160,8 +161,6 @@ class Api:
             yield error.body()
         except PyruntimeError as error:
             yield self._refusal(error).body()
-        finally:
-            generation.close()
 
     def _check_complete(self, answers: Answers) -> None:
         if not all(request.finish_reason for request in answers.requests):

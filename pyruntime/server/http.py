@@ -9,7 +9,7 @@ import hmac
 import ipaddress
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -85,43 +85,49 @@ _EVENT_HEADERS = [
 class EventStream:
     """Server-sent events. A client that leaves, or does not read, ends them; `events` is closed in any case.
 
-    events: JSON values, and None where only a sign of life is due.
+    events: JSON values, and None where only a sign of life is due.  end: ends what `events` waits for, from any state and at once; a task
+    alone cannot be relied on for that, since one that is cancelled while it is about to go on may go on.
     """
 
-    def __init__(self, events: AsyncIterator[Any], *, on_gone: Callable[[], None], on_end: Callable[[], None]) -> None:
-        self._events, self._on_gone, self._on_end = events, on_gone, on_end
+    def __init__(
+        self, events: AsyncGenerator[Any, None], *, end: Callable[[], None], on_gone: Callable[[], None], on_end: Callable[[], None]
+    ) -> None:
+        self._events, self._end, self._on_gone, self._on_end = events, end, on_gone, on_end
+        self._stalled = asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         gone, work = asyncio.ensure_future(until_gone(receive)), asyncio.ensure_future(self._send(send))
+        stalled = asyncio.ensure_future(self._stalled.wait())
         try:
-            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-            else:
+            await asyncio.wait({gone, work, stalled}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() or isinstance(work.exception(), OSError):
                 self._on_gone()
-        except (asyncio.TimeoutError, OSError):
-            self._on_gone()
+            else:
+                work.result()
         finally:
-            gone.cancel()
-            work.cancel()
+            self._end()
+            tasks = (gone, work, stalled)
+            for task in tasks:
+                task.cancel()
             try:
-                await asyncio.gather(gone, work, return_exceptions=True)
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await self._events.aclose()  # by now nobody is in it
             finally:
                 self._on_end()
 
     async def _send(self, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
+        async for event in self._events:
+            data = b": \n\n" if event is None else b"data: " + to_json(event) + b"\n\n"
+            await self._timed(send({"type": "http.response.body", "body": data, "more_body": True}))
+        await self._timed(send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}))
+
+    async def _timed(self, sending: Awaitable[None]) -> None:
+        timer = asyncio.get_running_loop().call_later(STALL_SECONDS, self._stalled.set)
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
-            async for event in self._events:
-                data = b": \n\n" if event is None else b"data: " + to_json(event) + b"\n\n"
-                await _timed(send({"type": "http.response.body", "body": data, "more_body": True}))
-            await _timed(send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}))
+            await sending
         finally:
-            await self._events.aclose()  # type: ignore[attr-defined]
-
-
-async def _timed(sending: Any) -> None:
-    await asyncio.wait_for(sending, STALL_SECONDS)
+            timer.cancel()
 
 
 class Gate:
