@@ -42,6 +42,7 @@ class Usage:
 
     @property
     def total_tokens(self) -> int:
+        """Of prompt and completion."""
         return self.prompt_tokens + self.completion_tokens
 
 

@@ -9,6 +9,7 @@ built; "text" is no code. `pyruntime serve` starts a server for the rest of the 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 import shlex
@@ -256,6 +257,16 @@ def test_the_c_reference_has_every_name() -> None:
     for name in {*_abi.FUNCTIONS, *structures}:
         assert f"`{name}`" in headings, f"{name} has no heading"
     assert page.count("```") % 2 == 0 and "PRT_API" not in page
+
+
+def test_public_names_are_documented() -> None:
+    public = [getattr(pyruntime, name) for name in pyruntime.__all__ if name != "__version__"]
+    members = [member for thing in public if inspect.isclass(thing) for name, member in inspect.getmembers(thing) if name[0] != "_"]
+    for thing in [*public, *(m for m in members if inspect.isfunction(m) or inspect.ismethod(m) or isinstance(m, property))]:
+        assert inspect.getdoc(thing), f"{thing} has no docstring"
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    for name in pyruntime.__all__:
+        assert f"::: pyruntime.{name}\n" in page or name == "__version__" or name.endswith("Error"), f"{name} is not in the reference"
 
 
 # ---------------------------------------------------------------- figures
