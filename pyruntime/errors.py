@@ -10,12 +10,18 @@ from typing import ClassVar
 
 
 class PyruntimeError(Exception):
-    """Base of every error that pyruntime raises on purpose."""
+    """Base of every error that pyruntime raises on purpose.
 
-    statuses: ClassVar[tuple[str, ...]] = ()  # of the C interface, that become this exception
-    http: ClassVar[tuple[int, str]] = (503, "unavailable")  # status and error code of an answer of the server
-    exit_code: ClassVar[int] = 1  # of the command
+    remedy: what to do about errors of this class, in Markdown.
+    statuses: status codes of the C interface that become this exception.
+    http: status and error code with which the server answers.
+    exit_code: of the command.
+    """
+
     remedy: ClassVar[str] = "Read the message: it names the thing and the value."
+    statuses: ClassVar[tuple[str, ...]] = ()
+    http: ClassVar[tuple[int, str]] = (503, "unavailable")
+    exit_code: ClassVar[int] = 1
 
 
 class InvalidArgumentError(PyruntimeError, ValueError):

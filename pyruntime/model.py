@@ -205,8 +205,8 @@ class Model:
         stream: return an iterator of text increments (see Stream) instead of a Completion.
         cancel: once this event is set, from any thread, the call returns what was made, with finish_reason "abort".
         options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p, seed, stop, logprobs, n, ...), over the
-        defaults of the model's generation_config. Without max_tokens it goes on until the end token or until the context is full. With n,
-        there is a list of n Completions in place of each.
+            defaults of the model's generation_config. Without max_tokens it goes on until the end token or until the context is full.
+            With n, there is a list of n Completions in place of each.
 
         Raises ContextLengthError when a prompt does not fit, QueueFullError when too many calls wait already, InvalidArgumentError for
         anything wrong with the arguments.

@@ -26,7 +26,7 @@ def to_markdown(text: str) -> str:
             continue
         fields = [_FIELD.match(part) for part in _NEXT.split(line)]
         if not all(fields):
-            if in_list and line and not line.startswith(" "):
+            if line.startswith("Raises ") or (in_list and line and not line.startswith(" ")):
                 lines.append("")
             in_list = False
             lines.append(line)
