@@ -89,6 +89,21 @@ def policies() -> list[str]:
     return lines
 
 
+def cpu_sparse() -> list[str]:
+    result = load("cpu_tactic")
+    runs, mean = result["runs"], lambda values: sum(values) / len(values)
+    dense = mean([run["dense_tok_s"] for run in runs])
+    lines = ["| decoding | tok/s | ratio | read |", "|---|---|---|---|", f"| dense | {dense:.1f} | | 100 % |"]
+    for rows in zip(*(run["policies"] for run in runs), strict=True):  # the same policy in every run
+        speed, read = (mean([row[key] for row in rows]) for key in ("tok_s", "read"))
+        lines.append(f"| `{rows[0]['attention']}` | {speed:.1f} | {speed / dense:.2f} | {100 * read:.1f} % |")
+    return [
+        f"{runs[0]['model']}, {runs[0]['n_decode']} tokens after {runs[0]['n_prompt']}, 2 threads; mean of {len(runs)} runs:",
+        "",
+        *lines,
+    ]
+
+
 def index() -> list[str]:
     h200, cpu = load("h200"), load("ablation")
     default = by_name(cpu["rows"], "default", "changed")
@@ -106,7 +121,14 @@ def index() -> list[str]:
 
 
 # Name of a passage: what it says. Where it is: between its two comments, in any of the pages.
-TEXTS: dict[str, Callable[[], list[str]]] = {"cpu": cpu_table, "gpu": gpu_table, "gpu-more": gpu_more, "policies": policies, "index": index}
+TEXTS: dict[str, Callable[[], list[str]]] = {
+    "cpu": cpu_table,
+    "gpu": gpu_table,
+    "gpu-more": gpu_more,
+    "policies": policies,
+    "index": index,
+    "cpu-sparse": cpu_sparse,
+}
 _PASSAGE = re.compile(r"(?<=<!-- made by bench/figures\.py: )([\w-]+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
 
 
