@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +92,7 @@ def policies() -> list[str]:
 
 def cpu_sparse() -> list[str]:
     result = load("cpu_tactic")
-    runs, mean = result["runs"], lambda values: sum(values) / len(values)
+    runs, mean = result["runs"], statistics.fmean
     dense = mean([run["dense_tok_s"] for run in runs])
     lines = ["| decoding | tok/s | ratio | read |", "|---|---|---|---|", f"| dense | {dense:.1f} | | 100 % |"]
     for rows in zip(*(run["policies"] for run in runs), strict=True):  # the same policy in every run
@@ -126,8 +127,8 @@ TEXTS: dict[str, Callable[[], list[str]]] = {
     "gpu": gpu_table,
     "gpu-more": gpu_more,
     "policies": policies,
-    "index": index,
     "cpu-sparse": cpu_sparse,
+    "index": index,
 }
 _PASSAGE = re.compile(r"(?<=<!-- made by bench/figures\.py: )([\w-]+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
 
