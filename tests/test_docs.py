@@ -240,6 +240,15 @@ def test_symptoms_are_messages_of_the_sources() -> None:
         assert symptom["why"] and symptom["do"], symptom
 
 
+def test_troubleshooting_is_whole() -> None:
+    page = catalogue.page(ROOT)
+    for name in [*pyruntime.__all__, *catalogue.status_meanings(ROOT)]:
+        assert not name.endswith("Error") or name == "PyruntimeError" or f"### {name}\n" in page
+        assert not name.startswith("PRT_") or f"| `{name}` " in page
+    for row in re.findall(r"^ *\|.*$", page, re.MULTILINE):
+        assert len(re.findall(r"(?<!\\)\|", row)) in (3, 4), f"a cell broke the table: {row}"
+
+
 def test_a_message_that_was_raised_is_in_the_catalogue() -> None:
     """What tests/test_errors.py and others see at run time is found by the text of the page."""
     patterns = [re.escape(m.text).replace(catalogue.GAP, ".*") for m in catalogue.messages(ROOT)]
