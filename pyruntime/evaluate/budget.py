@@ -3,6 +3,7 @@ chosen. Sinks (16) and window (128) come on top and are the same for all."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from ..attention import Attention
@@ -11,7 +12,7 @@ from .metrics import NAMES_P
 
 COMMON = {"sinks": 16, "window": 128}
 STRIDE = 50  # of Recycled Attention, as published
-ROUNDS = 6  # of the search for p
+ROUNDS = 5  # of the search for p
 
 
 def at_density(policy: Attention, target: float, *, n_context: int, n_decode: int, measure: Callable[[Attention], float]) -> Attention:
@@ -41,14 +42,14 @@ def at_density(policy: Attention, target: float, *, n_context: int, n_decode: in
 
 
 def _search(policy: Attention, target: float, measure: Callable[[Attention], float]) -> Attention:
-    """By bisection: density grows with p."""
-    low, high = 0.0, 1.0
+    """By bisection: density grows with p, about as -log(1 - p)."""
+    low, high = 0.0, 5.0
     best, error = policy, float("inf")
     for _ in range(ROUNDS):
-        p = (low + high) / 2
-        tried = policy.with_options(p=f"{p:.4f}")
+        middle = (low + high) / 2
+        tried = policy.with_options(p=f"{1 - math.exp(-middle):.4f}")
         density = measure(tried)
         if abs(density - target) < error:
             best, error = tried, abs(density - target)
-        low, high = (p, high) if density < target else (low, p)
+        low, high = (middle, high) if density < target else (low, middle)
     return best

@@ -17,7 +17,7 @@ from .budget import at_density
 from .metrics import density, divergence, label, log_softmax, measured, sparsity
 
 TIMED_STEPS = 32  # of a policy whose true mass is measured: those steps are as slow as dense ones, so its speed is taken apart
-SEARCH_STEPS = 32  # of the search for a density
+SEARCH_STEPS = 16  # of the search for a density
 POSITIONS = 8  # parts of the decoded text whose NLL is reported apart
 
 
@@ -30,6 +30,7 @@ def evaluate(
     n_decode: int,
     true_mass: bool = False,
     densities: Sequence[float] = (),
+    timed: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Reads `n_prompt` tokens densely, then for dense attention and each policy the next `n_decode` tokens of the text one by one.
@@ -37,7 +38,7 @@ def evaluate(
     The prompt is processed densely, once, but for its last two tokens, which each policy reads (densely, too) so that it knows what the
     prompt's end attended to; every token after it is sparse. KL is of the next-token distribution to that of dense attention.
     true_mass: also measure the softmax mass that was attended to. densities: run every policy at each of these shares of the context, see
-    budget.at_density.
+    budget.at_density. timed: with true_mass, take the speed apart, in some steps more that do not measure.
     """
     if n_prompt < 1 or n_decode < 1:
         raise InvalidArgumentError(f"n_prompt is {n_prompt} and n_decode {n_decode}, expected at least 1")
@@ -90,7 +91,7 @@ def evaluate(
                     "cluster_seconds": stats["cluster_seconds"] - clustered,
                     "index_bytes": stats["index_bytes"],
                 }
-                if sparse and "true_mass" in row and not policy.options.get("measure"):
+                if timed and sparse and "true_mass" in row and not policy.options.get("measure"):
                     session.set_attention(policy)
                     _, seconds = decode(min(n_decode, TIMED_STEPS))
                 if wanted is not None:
