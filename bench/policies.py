@@ -94,34 +94,35 @@ def page(report: dict[str, Any]) -> str:
         f"Made by `{report['command']}` at {report['commit']} ({report['cpus']} cores, {report['seconds']} s); "
         "[bench/results/policies.json](../bench/results/policies.json) has more digits and the densities by layer. "
         "[long-context.md](long-context.md) explains the words.",
-        f"{d['model']}, {d['n_prompt']} tokens of `jargon-60k.txt` read densely, then {d['n_decode']} tokens of the text decoded one by one; "
-        f"NLL of dense attention {d['dense_nll']:.3f}. Everything is against dense attention from the same prefill. {d['n_decode']} tokens: "
+        f"{d['model']}, {d['n_prompt']} tokens of `jargon-60k.txt` read densely, then {d['n_decode']} more decoded one by one; "
+        f"NLL of dense attention {d['dense_nll']:.3f}. Everything is against dense attention from the same prefill. So few tokens: "
         "differences of a few tenths in KL's second digit, and of 3 % in top-1, are noise.",
         "*density* counts what a method chose, *read* also sinks, window, tokens since a choice, and the full steps of Recycled Attention. "
         "Neither counts what a method reads to choose: Tactic its index (about 5 % of the cache), Quest its bounds (6 %), TokenSelect and "
-        "the oracles all keys whenever they choose. *stride*: steps for each choice. *overlap*: of the rows of a choice, those that the one "
-        "before it had. *true mass* leaves full steps out.",
+        "the oracles all keys whenever they choose. *stride*: steps for each choice. *overlap*: of the rows of a choice, those that the "
+        "one before it had. *true mass* leaves full steps out.",
         "## At the defaults of their authors",
         table(["policy", *HEAD], [[f"`{r['attention']}`", *cells(r)] for r in d["rows"] if r["attention"] not in MASS]),
         "## At equal density",
-        "Sinks (16) and window (128) are the same for all, 1.8 % of the context. Quest, TokenSelect and `oracle` with a budget choose so many "
-        "rows per kv head; Tactic and `oracle` by mass get the P that gives this density in the mean over layers and heads; StreamingLLM gets "
-        "a longer window; Recycled Attention's full steps count, so that they come less often at small budgets.",
+        "Sinks (16) and window (128) are the same for all, 1.8 % of the context. Quest, TokenSelect and `oracle` with a budget choose so "
+        "many rows per kv head; Tactic and `oracle` by mass get the P that gives this density in the mean over layers and heads; "
+        "StreamingLLM gets a longer window; Recycled Attention's full steps count, so that they come less often at small budgets.",
     ]
     for wanted in dict.fromkeys(r["wanted_density"] for r in equal["rows"]):
         rows = sorted((r for r in equal["rows"] if r["wanted_density"] == wanted), key=lambda r: r["kl"])
         parts += [f"### {100 * wanted:g} %", table(["policy", *HEAD], [[f"`{r['attention']}`", *cells(r)] for r in rows])]
     parts += [
         "## Recycled Attention: how long a choice holds",
-        f"The choice is that of the last prompt token; the {d['n_decode']} tokens after it attend to it, the sinks, the window and what has "
-        "come since. Share of the softmax mass of dense attention, mean over heads, layers and tokens, and the head-steps' lowest tenth "
-        "(published, Llama-3.1-8B: over 90 %, sinks and window about 65 %).",
+        f"The choice is that of the last prompt token; the {d['n_decode']} tokens after it attend to it, the sinks, the window and what "
+        "has come since. Share of the softmax mass of dense attention, mean over heads, layers and tokens, and the lowest tenth "
+        "of them (published, Llama-3.1-8B: over 90 %, sinks and window about 65 %).",
         table(["policy", "read", "true mass", "p10", "KL"], [
             [f"`{r['attention']}`", share(r["read"]), share(r["true_mass"]), share(r["true_mass_p10"]), f"{r['kl']:.4f}"] for r in mass
         ]),
         "## Larger models, longer contexts",
         "The same page for another model, and questions whose answers lie in the context:",
-        "```\npython bench/policies.py run --model Qwen/Qwen2.5-7B-Instruct --file BOOK.txt --prompt-tokens 30000 --decode-tokens 256 \\\n"
+        "```sh\n# not run by the tests: the weights are large\n"
+        "python bench/policies.py run --model Qwen/Qwen2.5-7B-Instruct --file BOOK.txt --prompt-tokens 30000 --decode-tokens 256 \\\n"
         "  --out qwen.json --page qwen.md\n"
         "pyruntime eval meta-llama/Llama-3.1-8B-Instruct --file BOOK.txt --tasks needle,kv,chain --lengths 8192,32768 --questions 50 \\\n"
         "  --attention tactic,recycled,recycled:stride=10,k=2048,tactic_recycled,streaming,quest,token_select --out llama.json\n"

@@ -154,7 +154,9 @@ def wanted_rows(scores: np.ndarray, n: int, kv_head: int, *, unit: int, k: int, 
                 taken += share[h][i]
                 rows.add(int(i))
         return rows
-    worth = scores[heads[0]].astype(np.float64) if vote == FIRST else share[list(heads)].max(0) if vote == MAX else share[list(heads)].sum(0)
+    worth = (
+        scores[heads[0]].astype(np.float64) if vote == FIRST else share[list(heads)].max(0) if vote == MAX else share[list(heads)].sum(0)
+    )
     half = pool // 2
     worth = np.array([worth[max(0, i - half) : min(past, i + half + 1)].max(initial=-np.inf) for i in range(past)])
     n_unit = -(-(round(fraction * n) if fraction else k) // unit)
@@ -199,7 +201,9 @@ def test_top_rows(on: str, given: dict[str, Any]) -> None:
     for e, n in enumerate(LENGTHS):
         used = n if o["unit"] == 1 else (n - 1) // PAGE * 4
         scores[e, :, :used] = np.round(rng.standard_normal((6, used)) * 3, 1 if o["vote"] == FIRST else 6)
-    total = np.array([[log_sum_exp(x[~np.isnan(x)].astype(np.float64)) if (~np.isnan(x)).any() else 0 for x in e] for e in scores], np.float32)
+    total = np.array(
+        [[log_sum_exp(x[~np.isnan(x)].astype(np.float64)) if (~np.isnan(x)).any() else 0 for x in e] for e in scores], np.float32
+    )
     ranges, n_range = np.full((5, 2, room + 2, 2), -9, np.int32), np.full((5, 2), -9, np.int32)
     made = np.zeros(5, np.int32)
     state = np.array([4, 0, 2, -1], np.int32)
@@ -280,6 +284,23 @@ def test_count_rows(on: str) -> None:
         assert got["n_selected"] == sum(attended) - sum(exact) and got["n_true"] == 6
         assert abs(got["true_mass"] / 2**32 - true[[0, 3], 3 * h : 3 * h + 3].sum()) < 1e-6
         assert counters[h, len(FIELDS) : len(FIELDS) + BINS].sum() == 6
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_rope_shift(on: str, dtype: str) -> None:
+    s = Step(dtype)
+    before, pages = s.k.copy(), np.array([s.table[0, 1], s.table[1, 0]], np.int32)
+    angle = -448 * 10000.0 ** -(np.arange(12) / 12)
+    run("rope_shift", [s.k, pages, np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)], on=on, threads=2)
+    for p in range(s.n_page):
+        if p not in pages:
+            assert np.array_equal(ops.bits(s.k[p]), ops.bits(before[p]))
+            continue
+        x, y = np.split(value(before[p]), 2, -1)
+        want = np.concatenate([x * np.cos(angle) - y * np.sin(angle), y * np.cos(angle) + x * np.sin(angle)], -1)
+        # cos and sin, two products and a sum in float32, then the keys' type
+        assert (np.abs(value(s.k[p]) - want) <= ROUNDOFF[dtype] * np.abs(want) + 4 * ROUNDOFF["f32"] * (np.abs(x) + np.abs(y)).max()).all()
 
 
 @pytest.mark.parametrize(

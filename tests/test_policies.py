@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decoding import FULL, GPU, H_KV, Open, assert_same_within_rounding, decode, filled, open_session, prompt, step, weights  # noqa: F401
+from decoding import FULL, GPU, H_KV, Open, assert_same_within_rounding, decode, filled, prompt, step
 from goldens.weights import write_hf_folder
 from tiny import GOLDENS, golden_weights
 
@@ -102,7 +102,9 @@ def test_little_is_chosen_and_counted(open_session: Open, case: str) -> None:
     assert all_of_it["n_true"] == partial * 2 == sum(all_of_it["histogram"])  # two query heads to a kv head
     share = all_of_it["true_mass"] / all_of_it["n_true"]
     assert 0.05 < share < 1
-    if case.startswith(("tactic", "quest", "token", "oracle")):  # these look at the query: better than rows by lot, if not by much on random keys
+    if case.startswith(
+        ("tactic", "quest", "token", "oracle")
+    ):  # these look at the query: better than rows by lot, if not by much on random keys
         assert share > 1.05 * read / all_of_it["n_context"]
     if case == "oracle":
         assert all_of_it["true_mass"] / all_of_it["n_true"] > 0.5
@@ -238,6 +240,48 @@ def test_rows_in_the_order_of_the_text_after_tactic(open_session: Open, request:
     step(first, first.fork(a), [1])
     first.set_attention(little("streaming"))
     assert np.array_equal(step(first, a, [5]), step(second, b, [5]))
+
+
+# ---------------------------------------------------------------- StreamingLLM with eviction
+
+
+def evicting(**options: Any) -> Attention:
+    return Attention("streaming", {"sinks": 4, "window": 128, "min_context": 200, "evict": True, **options})
+
+
+def test_eviction_goes_on_past_max_context_in_constant_memory(open_session: Open, request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params["weights"][0] == GPU:
+        pytest.skip("streaming runs on the CPU only")
+    session = open_session(evicting(), max_context=512, n_page=8)
+    seq = filled(session, prompt(150))
+    decode(session, seq, prompt(1500, 1))
+    assert session.stats()["n_page_peak"] <= 6 and 128 + 64 <= session.length(seq) < 6 * 64
+    assert session.attention_stats()["n_step"] == (1500 - 49) * 2 * H_KV
+
+
+def test_evicting_is_reading_the_rest_at_its_new_place(open_session: Open, request: pytest.FixtureRequest) -> None:
+    """The same rows are attended to, the window's at the same distances; only the sinks are nearer, by what is gone. Rope's theta is 1e6
+    here, so that their scores hardly move."""
+    if request.node.callspec.params["weights"][0] == GPU:
+        pytest.skip("streaming runs on the CPU only")
+    ids, tail = prompt(64 * 7 + 1), prompt(20, 1)
+    kept, evicted = open_session(evicting(evict=False)), open_session(evicting())
+    a, b = filled(kept, ids), filled(evicted, ids)
+    want, got = decode(kept, a, tail), decode(evicted, b, tail)
+    assert evicted.length(b) == 64 * (1 + 2) + 1 + 20 < kept.length(a)  # the sinks' page, the window's two, and what was begun
+    assert np.abs(got - want).mean() < 0.2 * np.abs(want).mean()
+    # A fork of the sequence is not touched by its original's eviction.
+    other = open_session(evicting())
+    c = filled(other, ids)
+    fork = other.fork(c)
+    assert np.array_equal(decode(other, c, tail), got)
+    assert other.length(fork) == len(ids) and np.array_equal(decode(other, fork, tail), got)
+
+
+def test_eviction_wants_room(open_session: Open) -> None:
+    session = open_session()
+    with pytest.raises((InvalidArgumentError, UnsupportedModelError), match=r"lets 8448 rows gather, max_context is 2048|on the CPU only"):
+        session.set_attention(evicting(window=4096))
 
 
 # ---------------------------------------------------------------- words and refusals

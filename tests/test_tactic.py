@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decoding import FULL, Open, assert_same_within_rounding, decode, filled, open_session, prompt, step, weights  # noqa: F401
+from decoding import FULL, Open, assert_same_within_rounding, decode, filled, prompt, step
 from goldens.weights import write_hf_folder
 from tiny import GOLDENS, golden_weights
 

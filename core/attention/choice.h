@@ -121,6 +121,15 @@ struct CountRows {
 };
 void count_rows(const Backend&, const CountRows&);
 
+// Turns the keys of whole pages to positions `delta` away: as if rope had been applied there. By angle, with the factor 1.
+struct RopeShift {
+  Tensor k_pages;  // in and out [n_page][h_kv][64][d_head]
+  Tensor pages;    // [n] i32, no page twice
+  Tensor cos_sin;  // [2][d_head / 2] f32: of delta x the frequencies
+};
+void rope_shift(const Backend&, const RopeShift&);
+
+void check_contents(const RopeShift& a);
 void check_contents(const ScoreRows& a);
 void check_contents(const PageBounds& a);
 void check_contents(const ScoreBlocks& a);

@@ -23,8 +23,8 @@ void count_rows(ThreadPool& pool, const CountRows& a) {
     const int64_t place = place_of(e), len = kv_len[e];
     const int64_t made = place >= 0 && a.made.data ? static_cast<const int32_t*>(a.made.data)[place] : len;
     const int64_t end = window_begin(made, a.sinks, a.window, a.unit);
-    const int64_t exact = a.closed.data ? len - (a.closed.row<int32_t>(e)[1] - a.closed.row<int32_t>(e)[0]) * kPageTokens
-                                        : min64(a.sinks, end) + len - end;
+    const int64_t exact =
+        a.closed.data ? len - (a.closed.row<int32_t>(e)[1] - a.closed.row<int32_t>(e)[0]) * kPageTokens : min64(a.sinks, end) + len - end;
     for (int64_t h = 0; h < h_kv; ++h) {
       AttentionCounters& c = static_cast<AttentionCounters*>(a.counters.data)[h];
       if (place < 0) {

@@ -8,8 +8,9 @@ namespace prt {
 namespace {
 // Copies the first `n` of t's states, or one of them to another.
 void copy_states(const Tensor& from, int64_t i, const Tensor& to, int64_t j, int64_t n) {
-  if (from) std::memcpy(to.row<char>(0) + j * to.row_stride * dtype_size(to.dtype), from.rows(i, n).data,
-                        static_cast<size_t>(from.rows(i, n).bytes()));
+  if (from)
+    std::memcpy(to.row<char>(0) + j * to.row_stride * dtype_size(to.dtype), from.rows(i, n).data,
+                static_cast<size_t>(from.rows(i, n).bytes()));
 }
 template <class F>
 void for_tensors(const KeptChoices::Layer& a, const KeptChoices::Layer& b, F&& f) {
@@ -67,8 +68,7 @@ void KeptChoices::forget(int64_t seq) {
 void KeptChoices::fork(int64_t from, int64_t to) {
   if (states_.find(from) == states_.end()) return;
   const int32_t target = state(to), source = state(from);
-  for (const Layer& l : layers_)
-    for_tensors(l, l, [&](const Tensor& x, const Tensor& y) { copy_states(x, source, y, target, 1); });
+  for (const Layer& l : layers_) for_tensors(l, l, [&](const Tensor& x, const Tensor& y) { copy_states(x, source, y, target, 1); });
 }
 
 void KeptChoices::free(int64_t seq) {

@@ -17,6 +17,7 @@ struct PolicyContext {
   PagePool& pool;
   const std::vector<Tensor>&k, &v;  // the pages of every layer
   int64_t h_q, max_context;
+  const std::vector<float>& inv_freq;  // [d_head / 2] radians per position, of rope
 };
 
 // What a step tells a policy about its rows, beside their page tables.

@@ -5,7 +5,9 @@ namespace prt {
 // A schedule by similarity has no stride of its own: without one a full step comes when the query asks for it.
 Recycled::Recycled(const PolicyContext& x, const prt_attention& c)
     : ChoicePolicy(x, c, {.name = "recycled", .k = 4096, .w = x.k[0].shape[3]}),
-      stride_(c.stride > 0 ? c.stride : c.check > 0 ? 0 : 50),
+      stride_(c.stride > 0  ? c.stride
+              : c.check > 0 ? 0
+                            : 50),
       threshold_(c.threshold > 0 ? c.threshold : 0.8f) {}
 
 void Recycled::full_step(int64_t layer, Attention a) const {

@@ -26,7 +26,7 @@ const PolicyInfo kPolicies[] = {
     {PRT_ATTENTION_FULL, "full", "", "", true, nullptr, nullptr},
     {PRT_ATTENTION_TACTIC, "tactic", PRT_TACTIC, "", true, make<Tactic>, index_page_bytes},
     {PRT_ATTENTION_RECYCLED, "recycled", "k budget stride check threshold group pool " PRT_ALL, "", false, make<Recycled>, nullptr},
-    {PRT_ATTENTION_STREAMING, "streaming", PRT_ALL, "sinks=4,window=1020", false, make<Streaming>, nullptr},
+    {PRT_ATTENTION_STREAMING, "streaming", "evict " PRT_ALL, "sinks=4,window=1020", false, make<Streaming>, nullptr},
     {PRT_ATTENTION_QUEST, "quest", "k budget " PRT_ALL, "dense_layers=2", false, make<Quest>, quest_page_bytes},
     {PRT_ATTENTION_TOKEN_SELECT, "token_select", "k budget threshold " PRT_ALL, "sinks=128,window=512", false, make<TokenSelect>, nullptr},
     {PRT_ATTENTION_ORACLE, "oracle", "p k budget " PRT_ALL, "", false, make<Oracle>, nullptr},

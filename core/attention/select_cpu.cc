@@ -44,9 +44,7 @@ PRT_INLINE RowRange rows_of(const Query& x, int64_t j) {
   return {range[0] + (x.first_page + j / x.n_slot) * kPageTokens, range[1]};
 }
 
-PRT_INLINE HeadKeys keys_of(const Query& x) {
-  return {x.a.k_pages, x.a.page_table.row<int32_t>(x.entry), x.kv_head, x.d, x.q, x.a.scale};
-}
+PRT_INLINE HeadKeys keys_of(const Query& x) { return {x.a.k_pages, x.a.page_table.row<int32_t>(x.entry), x.kv_head, x.d, x.q, x.a.scale}; }
 
 // The rows in no closed segment.
 template <class W>

@@ -64,8 +64,17 @@ struct Choice {
   float *worth, *chosen;
   PRT_INLINE Choice of(const TopRows& a, int64_t entry, int64_t kv_head) {
     const int64_t h_kv = a.ranges.shape[1], room = a.scores.data ? a.scores.shape[2] : 0;
-    Choice x{a, entry, kv_head, a.state.data ? static_cast<const int32_t*>(a.state.data)[entry] : entry,
-             static_cast<const int32_t*>(a.kv_len.data)[entry], 0, 0, 0, 0, nullptr, nullptr};
+    Choice x{a,
+             entry,
+             kv_head,
+             a.state.data ? static_cast<const int32_t*>(a.state.data)[entry] : entry,
+             static_cast<const int32_t*>(a.kv_len.data)[entry],
+             0,
+             0,
+             0,
+             0,
+             nullptr,
+             nullptr};
     x.end = window_begin(x.kv_len, a.sinks, a.window, a.unit);
     x.begin = min64(a.sinks, x.end);
     x.first = x.begin / a.unit;

@@ -26,6 +26,7 @@ struct CpuOps {
   void (*top_rows)(ThreadPool&, const TopRows&);
   void (*reuse)(ThreadPool&, const Reuse&);
   void (*count_rows)(ThreadPool&, const CountRows&);
+  void (*rope_shift)(ThreadPool&, const RopeShift&);
 };
 
 #define PRT_DECLARE_ISA(isa)                                  \
@@ -49,6 +50,7 @@ struct CpuOps {
   void top_rows(ThreadPool&, const TopRows&);                 \
   void reuse(ThreadPool&, const Reuse&);                      \
   void count_rows(ThreadPool&, const CountRows&);             \
+  void rope_shift(ThreadPool&, const RopeShift&);             \
   }
 PRT_DECLARE_ISA(baseline)
 PRT_DECLARE_ISA(avx2)

@@ -198,9 +198,9 @@ void dispatch(Call& c) {
                   max_pages = c.dim(4, 1);
     check(d <= kMaxHead && c.dim(1, 0) <= 1 << 20 && h_q <= 1 << 10 && max_pages <= 1 << 20,
           "sparse_attention: the operands are too large");
-    c.run(sparse_attention, {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], c.number(0),
-                             c.scratch(sparse_attention_scratch_bytes(c.backend, c.dim(1, 0), max_pages, h_q, h_kv, d)),
-                             t.size() > 10 ? t[10] : Tensor{}});
+    c.run(sparse_attention,
+          {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], c.number(0),
+           c.scratch(sparse_attention_scratch_bytes(c.backend, c.dim(1, 0), max_pages, h_q, h_kv, d)), t.size() > 10 ? t[10] : Tensor{}});
   } else if (c.op == "score_rows") {
     c.expect(7, 1);
     c.run(score_rows, {t[0], t[1], t[2], t[3], t[4], t[5], t[6], c.number(0)});
@@ -215,9 +215,9 @@ void dispatch(Call& c) {
     const auto whole = [&](size_t i) { return static_cast<int64_t>(c.params[i]); };
     const int64_t n_entry = c.dim(6, 0), h_kv = c.dim(0, 1), room = t[4] ? c.dim(4, 2) : 0;
     check(n_entry <= 1 << 20 && h_kv <= 1 << 10 && room <= 1 << 24, "top_rows: the operands are too large");
-    c.run(top_rows, {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], whole(0), whole(1), whole(2), c.number(3), c.number(4), whole(5),
-                     whole(6), static_cast<Vote>(static_cast<int32_t>(c.params[7])), whole(8),
-                     c.scratch(top_rows_scratch_bytes(n_entry, h_kv, room))});
+    c.run(top_rows,
+          {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], whole(0), whole(1), whole(2), c.number(3), c.number(4), whole(5), whole(6),
+           static_cast<Vote>(static_cast<int32_t>(c.params[7])), whole(8), c.scratch(top_rows_scratch_bytes(n_entry, h_kv, room))});
   } else if (c.op == "reuse") {
     c.expect(9, 3);
     c.run(reuse, {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], static_cast<int64_t>(c.params[0]),
@@ -226,6 +226,9 @@ void dispatch(Call& c) {
     c.expect(11, 5);
     c.run(count_rows, {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10], static_cast<int64_t>(c.params[0]),
                        static_cast<int64_t>(c.params[1]), static_cast<int64_t>(c.params[2]), c.number(3), c.number(4)});
+  } else if (c.op == "rope_shift") {
+    c.expect(3, 0);
+    c.run(rope_shift, {t[0], t[1], t[2]});
   } else if (c.op == "page_copy") {
     c.expect(4, 0);
     c.run(page_copy, {t[0], t[1], t[2], t[3]});

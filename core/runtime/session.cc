@@ -574,7 +574,7 @@ void Session::set_attention(const prt_attention& attention) {
   std::erase_if(graphs_, [](const auto& g) { return g.first.second > 0; });
   try {
     if (!last_policy_ || !last_policy_->configure(attention)) {
-      std::unique_ptr<Policy> made = info.make({backend_, pool, kv_.k, kv_.v, c.h_q, config_.max_context}, attention);
+      std::unique_ptr<Policy> made = info.make({backend_, pool, kv_.k, kv_.v, c.h_q, config_.max_context, rope_table_.inv_freq}, attention);
       if (last_policy_) last_policy_->leave();
       last_policy_ = std::move(made);
     }

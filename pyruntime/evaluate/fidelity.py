@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def evaluate(
 
             dense, dense_seconds = decode(step_done=step_done)
             rows = []
-            for wanted, policy in [(d, p) for d in densities or [None] for p in policies]:
+            for wanted, policy in product(densities or (None,), policies):
                 if wanted is not None:
                     policy = at_density(policy, wanted, n_context=n_prompt + n_decode // 2, n_decode=n_decode, measure=density_of)
                 ran = measured(policy, true_mass)
@@ -113,9 +114,7 @@ def evaluate(
     }
 
 
-def _decode(
-    session: Session, prompt: int, last: Any, tokens: Any, step_done: Callable[[], None]
-) -> tuple[FloatArray, list[float]]:
+def _decode(session: Session, prompt: int, last: Any, tokens: Any, step_done: Callable[[], None]) -> tuple[FloatArray, list[float]]:
     """Log-probabilities after each token that follows prompt and `last`, and the seconds of every step but the first, which may cluster."""
     rows, seconds = [], []
     seq = session.fork(prompt)
