@@ -242,7 +242,7 @@ prt_status prt_sequence_create(prt_session* session, int64_t* seq) {
 }
 
 prt_status prt_sequence_fork(prt_session* session, int64_t seq, int64_t* out) {
-  return with_session(session, [&](Session& s) { deref(out, "out") = s.pool.fork(seq); });
+  return with_session(session, [&](Session& s) { deref(out, "out") = s.fork(seq); });
 }
 
 prt_status prt_sequence_truncate(prt_session* session, int64_t seq, int64_t n_token) {
@@ -254,7 +254,7 @@ prt_status prt_sequence_length(prt_session* session, int64_t seq, int64_t* n_tok
 }
 
 prt_status prt_sequence_free(prt_session* session, int64_t seq) {
-  return with_session(session, [&](Session& s) { s.pool.free(seq); });
+  return with_session(session, [&](Session& s) { s.free(seq); });
 }
 
 prt_status prt_sequence_export(prt_session* session, int64_t seq, prt_write_fn write, void* user) {
@@ -289,7 +289,16 @@ prt_status prt_attention_page_bytes(prt_model* model, const prt_attention* atten
     const prt_attention defaults = PRT_ATTENTION_INIT;
     const prt_attention a = read_struct(attention, defaults, PRT_SIZE_THROUGH(prt_attention, seed), "attention");
     check_attention_config(a);
-    deref(bytes, "bytes") = a.policy == PRT_ATTENTION_FULL ? 0 : index_page_bytes(a, c.n_layer, c.h_kv, c.d_head);
+    const PolicyInfo& info = policy_info(a.policy);
+    deref(bytes, "bytes") = info.page_bytes ? info.page_bytes(a, c.n_layer, c.h_kv, c.d_head, c.weight_dtype()) : 0;
+  });
+}
+
+prt_status prt_attention_parse(const char* text, prt_attention* attention) {
+  return guard([&] {
+    const prt_attention parsed = parse_attention(&deref(text, "text"));
+    check_attention_config(parsed);
+    write_struct(attention, parsed, "attention");
   });
 }
 
@@ -301,6 +310,7 @@ prt_status prt_session_get_attention_stats(prt_session* session, int32_t layer, 
     v.n_mass = c.n_mass, v.mass = static_cast<double>(c.mass) * 0x1p-32, v.n_true = c.n_true,
     v.true_mass = static_cast<double>(c.true_mass) * 0x1p-32, v.n_reached = c.n_reached;
     std::copy_n(c.histogram, PRT_MASS_BINS, v.histogram);
+    v.n_full = c.n_full, v.n_choice = c.n_choice, v.n_compared = c.n_compared, v.n_overlap = c.n_overlap;
     write_struct(stats, v, "stats");
   });
 }

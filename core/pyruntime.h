@@ -236,7 +236,13 @@ PRT_API prt_status prt_sequence_import(prt_session *session, prt_read_fn read, v
 
 typedef enum prt_attention_policy {
   PRT_ATTENTION_FULL = 0,   /* every decoded token attends to all tokens before it */
-  PRT_ATTENTION_TACTIC = 1  /* ... to the clusters of keys that reach a share p of the softmax mass (arXiv 2502.12216) */
+  PRT_ATTENTION_TACTIC = 1, /* ... to the clusters of keys that reach a share p of the softmax mass (arXiv 2502.12216) */
+  PRT_ATTENTION_RECYCLED = 2,        /* ... to all, and in the steps after it to the k rows that mattered then (arXiv 2411.05787) */
+  PRT_ATTENTION_STREAMING = 3,       /* ... to the first and the last rows (StreamingLLM, arXiv 2309.17453) */
+  PRT_ATTENTION_QUEST = 4,           /* ... to the blocks of 16 rows whose keys could score highest (arXiv 2406.10774) */
+  PRT_ATTENTION_TOKEN_SELECT = 5,    /* ... to the k rows that all heads of the layer vote for, by exact scores (arXiv 2411.02886) */
+  PRT_ATTENTION_ORACLE = 6,          /* ... to the rows that truly matter most; as slow as dense attention, to compare others with */
+  PRT_ATTENTION_TACTIC_RECYCLED = 7  /* tactic, whose choice serves again while the query stays similar */
 } prt_attention_policy;
 
 typedef enum prt_estimator {
@@ -244,27 +250,45 @@ typedef enum prt_estimator {
   PRT_ESTIMATOR_MOMENT = 1  /* the mass of a cluster from its mean and variance, and exactly once it is chosen */
 } prt_estimator;
 
+typedef enum prt_group {
+  PRT_GROUP_FIRST = 0,      /* the first query head of a kv head speaks for its group */
+  PRT_GROUP_MAX = 1         /* a row is worth what it is to the head that wants it most */
+} prt_group;
+
 /* Prompts (entries of more than one token) are always dense. Decoded tokens are sparse from min_context on; before that, bit-equal to
  * PRT_ATTENTION_FULL. Rows of a sequence that were clustered are kept in another order: later dense steps over them differ from steps of
  * a session that never clustered by rounding only. */
 typedef struct prt_attention {
   uint32_t struct_size;
   int32_t policy;        /* prt_attention_policy */
-  float p;               /* share of the softmax mass to reach per query head, (0, 1]; 1: all rows */
+  float p;               /* share of the softmax mass to reach per query head, (0, 1]; 1: all rows. tactic, oracle without k */
   int32_t cluster;       /* mean rows of a cluster: 4, 8, 16, 32 or 64 */
   int32_t segment;       /* rows that are clustered together, a multiple of 64 from 256; 0: all there are when decoding begins, as published */
   int32_t iterations;    /* most steps of K-means */
   int32_t estimator;     /* prt_estimator */
   int32_t tail;          /* 1: clusters that were not chosen count with their mean value and estimated mass */
-  int32_t sinks;         /* first rows that are always attended to, rounded up to whole pages */
+  int32_t sinks;         /* first rows that are always attended to; tactic: rounded up to whole pages */
   int32_t window;        /* last rows that are always attended to; rows that are not clustered yet come on top */
   int32_t min_context;   /* decoded tokens that see fewer rows are dense */
   int32_t dense_layers;  /* first layers that stay dense */
   int32_t measure;       /* 1: also compute the true share of the mass, at the cost of dense attention */
   float selected;        /* for benchmarks: the share of the clustered rows that each query head chooses, whatever their mass; 0: by p */
   uint64_t seed;         /* of K-means */
+  int32_t k;             /* rows that each kv head chooses beside sinks and window; 0: the policy's own number, oracle: by p */
+  float budget;          /* instead of k: so many rows as a share of the context, up to 1; 0: k */
+  int32_t stride;        /* recycled: every so many decoded tokens one attends to all; 0: 50, with check: never because of this */
+  int32_t check;         /* recycled: every so many tokens, a layer whose query is no more like that of its last full step takes one; 0: off */
+  float threshold;       /* cosine of two queries from which on they are alike; 0: the policy's own */
+  int32_t group;         /* recycled: prt_group */
+  int32_t pool;          /* recycled: a row is worth what the best of so many around it is, an odd number; 0: 1 */
+  int32_t evict;         /* streaming: 1: rows between sinks and window are given up for good, and the context may grow without end */
 } prt_attention;
-#define PRT_ATTENTION_INIT { sizeof(prt_attention), PRT_ATTENTION_FULL, 0.9f, 16, 2048, 10, PRT_ESTIMATOR_MOMENT, 1, 16, 128, 1024, 0, 0, 0.0f, 0 }
+#define PRT_ATTENTION_INIT { sizeof(prt_attention), PRT_ATTENTION_FULL, 0.9f, 16, 2048, 10, PRT_ESTIMATOR_MOMENT, 1, 16, 128, 1024, 0, 0, 0.0f, 0, \
+  0, 0.0f, 0, 0, 0.0f, PRT_GROUP_FIRST, 0, 0 }
+
+/* A policy in words, with the defaults of its authors: "recycled", "recycled:stride=10,k=2048". The names are those of prt_attention_policy
+ * in lower case; an option is a field of prt_attention that the policy reads. PRT_INVALID_ARGUMENT names the word that is wrong. */
+PRT_API prt_status prt_attention_parse(const char *text, prt_attention *attention);
 
 /* How the session's later steps attend; PRT_ATTENTION_FULL at first. May be changed at any time between steps; what is kept per page serves
  * on unless cluster, segment, iterations, sinks, window or seed change. Clears the counters below. Not with a sliding window.
@@ -283,16 +307,20 @@ typedef struct prt_attention_stats {
   int32_t reserved;
   int64_t n_step;        /* (decode row, layer, kv head) */
   int64_t n_context;     /* rows there were to attend to */
-  int64_t n_selected;    /* clustered rows attended to, after the union over the query heads of a kv head; / n_context is the density */
-  int64_t n_exact;       /* rows attended to in any case: sinks, window, and those not clustered yet */
+  int64_t n_selected;    /* chosen rows attended to, after the union over the query heads of a kv head; / n_context is the density */
+  int64_t n_exact;       /* rows attended to in any case: sinks, window, and those that came after a choice or are in no index yet */
   int64_t n_mass;        /* (decode row, layer, query head) */
   double mass;           /* sum of the shares of the mass that the heads' choices reach, as estimated */
   int64_t n_true;        /* with `measure`: the same for the true share of all rows that were attended to */
   double true_mass;
   int64_t n_reached;     /* of n_true: p or more */
   int64_t histogram[100]; /* of the true shares, from 0 to 1: PRT_MASS_BINS */
+  int64_t n_full;        /* of n_step: attended to all rows (recycled); n_true leaves these out */
+  int64_t n_choice;      /* choices made; n_step / n_choice is the effective stride */
+  int64_t n_compared;    /* rows of choices that followed another one of the same sequence, where both could choose */
+  int64_t n_overlap;     /* of n_compared: rows that the choice before had, too */
 } prt_attention_stats;
-#define PRT_ATTENTION_STATS_INIT { sizeof(prt_attention_stats), 0, 0, 0, 0, 0, 0, 0.0, 0, 0.0, 0, {0} }
+#define PRT_ATTENTION_STATS_INIT { sizeof(prt_attention_stats), 0, 0, 0, 0, 0, 0, 0.0, 0, 0.0, 0, {0}, 0, 0, 0, 0 }
 
 /* layer -1: all layers; kv_head -1: all of them. All zero before prt_session_set_attention. */
 PRT_API prt_status prt_session_get_attention_stats(prt_session *session, int32_t layer, int32_t kv_head, prt_attention_stats *stats);

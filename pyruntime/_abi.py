@@ -38,8 +38,16 @@ PRT_ROPE_LLAMA3 = 3
 PRT_ROPE_YARN = 4
 PRT_ATTENTION_FULL = 0
 PRT_ATTENTION_TACTIC = 1
+PRT_ATTENTION_RECYCLED = 2
+PRT_ATTENTION_STREAMING = 3
+PRT_ATTENTION_QUEST = 4
+PRT_ATTENTION_TOKEN_SELECT = 5
+PRT_ATTENTION_ORACLE = 6
+PRT_ATTENTION_TACTIC_RECYCLED = 7
 PRT_ESTIMATOR_FIT = 0
 PRT_ESTIMATOR_MOMENT = 1
+PRT_GROUP_FIRST = 0
+PRT_GROUP_MAX = 1
 
 prt_log_fn = c.CFUNCTYPE(None, c.c_void_p, c.c_int32, c.c_char_p)
 prt_abort_fn = c.CFUNCTYPE(c.c_int32, c.c_void_p)
@@ -167,6 +175,14 @@ class prt_attention(c.Structure):
         ("measure", c.c_int32),
         ("selected", c.c_float),
         ("seed", c.c_uint64),
+        ("k", c.c_int32),
+        ("budget", c.c_float),
+        ("stride", c.c_int32),
+        ("check", c.c_int32),
+        ("threshold", c.c_float),
+        ("group", c.c_int32),
+        ("pool", c.c_int32),
+        ("evict", c.c_int32),
     ]
 
     def __init__(self, **fields: Any) -> None:
@@ -198,6 +214,10 @@ class prt_attention_stats(c.Structure):
         ("true_mass", c.c_double),
         ("n_reached", c.c_int64),
         ("histogram", c.c_int64 * 100),
+        ("n_full", c.c_int64),
+        ("n_choice", c.c_int64),
+        ("n_compared", c.c_int64),
+        ("n_overlap", c.c_int64),
     ]
 
     def __init__(self, **fields: Any) -> None:
@@ -322,6 +342,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "prt_sequence_free": (c.c_int32, [c.c_void_p, c.c_int64]),
     "prt_sequence_export": (c.c_int32, [c.c_void_p, c.c_int64, prt_write_fn, c.c_void_p]),
     "prt_sequence_import": (c.c_int32, [c.c_void_p, prt_read_fn, c.c_void_p, c.POINTER(c.c_int64)]),
+    "prt_attention_parse": (c.c_int32, [c.c_char_p, c.POINTER(prt_attention)]),
     "prt_session_set_attention": (c.c_int32, [c.c_void_p, c.POINTER(prt_attention)]),
     "prt_attention_page_bytes": (c.c_int32, [c.c_void_p, c.POINTER(prt_attention), c.POINTER(c.c_int64)]),
     "prt_session_get_attention_stats": (c.c_int32, [c.c_void_p, c.c_int32, c.c_int32, c.POINTER(prt_attention_stats)]),

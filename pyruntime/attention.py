@@ -1,36 +1,32 @@
-"""Attention policies as users write them: "full", "tactic", "tactic:p=0.75,cluster=32", or {"policy": "tactic", "p": 0.75}."""
+"""Attention policies as users write them: "full", "tactic", "recycled:stride=10,k=2048", or {"policy": "tactic", "p": 0.75}."""
 
 from __future__ import annotations
 
-import math
+import ctypes
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from . import _abi
+from ._lib import check, lib
 from .errors import InvalidArgumentError
 
-_POLICIES = {"full": _abi.PRT_ATTENTION_FULL, "tactic": _abi.PRT_ATTENTION_TACTIC}
-_ESTIMATORS = {"fit": _abi.PRT_ESTIMATOR_FIT, "moment": _abi.PRT_ESTIMATOR_MOMENT}
-_NUMBERS = ("cluster", "segment", "iterations", "sinks", "window", "min_context", "dense_layers", "seed")
-_OPTIONS = ("p", *_NUMBERS, "estimator", "tail", "measure", "selected")
-_SWITCH = {"0": False, "1": True, "false": False, "true": True, "off": False, "on": True}
+POLICIES = tuple(
+    name.removeprefix("PRT_ATTENTION_").lower() for name in vars(_abi) if re.fullmatch(r"PRT_ATTENTION_[A-Z_]+", name)
+)  # the library knows them, and what they take
 
 
 class Attention:
-    """One policy with all its values; the defaults are the library's. `str()` gives back the short form."""
+    """One policy with all its values; names, defaults and checks are the library's. `str()` gives back the short form."""
 
     def __init__(self, policy: str, options: Mapping[str, Any]) -> None:
-        if policy not in _POLICIES:
-            raise InvalidArgumentError(f"attention policy {policy!r} is unknown, expected {' or '.join(map(repr, _POLICIES))}")
         self.policy = policy
         self.options = dict(options)
-        if policy == "full" and options:
-            raise InvalidArgumentError(f"attention 'full' takes no options, got {', '.join(options)}")
-        self.struct = _abi.prt_attention(policy=_POLICIES[policy])
-        for name, value in options.items():
-            if name not in _OPTIONS:
-                raise InvalidArgumentError(f"attention {policy!r} has no option {name!r}, expected some of {', '.join(_OPTIONS)}")
-            setattr(self.struct, name, _READ.get(name, _integer)(name, value))
+        for name, value in self.options.items():
+            if re.search(r"[,=:]", f"{name}{_text(value)}"):
+                raise InvalidArgumentError(f"attention option {name} is {value!r}, expected one value")
+        self.struct = _abi.prt_attention()
+        check(lib().prt_attention_parse(str(self).encode(), ctypes.byref(self.struct)))
 
     @classmethod
     def parse(cls, value: Any) -> Attention:
@@ -42,7 +38,7 @@ class Attention:
             policy = options.pop("policy", None)
             if not isinstance(policy, str):
                 raise InvalidArgumentError(
-                    f"attention is {value!r}, its 'policy' is {policy!r}, expected {' or '.join(map(repr, _POLICIES))}"
+                    f"attention is {value!r}, its 'policy' is {policy!r}, expected one of {', '.join(map(repr, POLICIES))}"
                 )
             return cls(policy, options)
         if not isinstance(value, str):
@@ -58,6 +54,10 @@ class Attention:
             options[name] = text
         return cls(policy, options)
 
+    def with_options(self, **options: Any) -> Attention:
+        """The same policy with some options changed or added."""
+        return Attention(self.policy, {**self.options, **options})
+
     def __str__(self) -> str:
         return self.policy + (":" + ",".join(f"{k}={_text(v)}" for k, v in self.options.items()) if self.options else "")
 
@@ -69,7 +69,7 @@ def parse_list(text: str) -> list[Attention]:
     """Policies separated by commas; a part with = but without a policy's name belongs to the one before: "full,tactic:p=0.5,tail=0"."""
     specs: list[str] = []
     for part in filter(None, text.split(",")):
-        if specs and part.partition(":")[0] not in _POLICIES:
+        if specs and part.partition(":")[0] not in POLICIES:
             specs[-1] += "," + part
         else:
             specs.append(part)
@@ -77,41 +77,4 @@ def parse_list(text: str) -> list[Attention]:
 
 
 def _text(value: Any) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
-
-
-def _real(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or not 0 < number <= 1:
-        raise InvalidArgumentError(f"attention option {name} is {value!r}, expected a number above 0 and up to 1")
-    return number
-
-
-def _integer(name: str, value: Any) -> int:
-    most = 2**63 - 1 if name == "seed" else 2**31 - 1
-    try:
-        number = int(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else -1
-    except ValueError:
-        number = -1
-    if not 0 <= number <= most:
-        raise InvalidArgumentError(f"attention option {name} is {value!r}, expected an integer from 0 to {most}")
-    return number
-
-
-def _switch(name: str, value: Any) -> bool:
-    result = value if isinstance(value, bool) else _SWITCH.get(str(value).lower())
-    if result is None:
-        raise InvalidArgumentError(f"attention option {name} is {value!r}, expected true or false")
-    return result
-
-
-def _estimator(name: str, value: Any) -> int:
-    if value not in _ESTIMATORS:
-        raise InvalidArgumentError(f"attention option {name} is {value!r}, expected {' or '.join(map(repr, _ESTIMATORS))}")
-    return _ESTIMATORS[value]
-
-
-_READ: dict[str, Any] = {"p": _real, "selected": _real, "estimator": _estimator, "tail": _switch, "measure": _switch}
+    return str(value).lower() if isinstance(value, bool) else str(value)

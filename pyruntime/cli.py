@@ -134,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     text = evaluate.add_argument_group("on a text")
     text.add_argument("--prompt-tokens", type=int, default=7936, metavar="N", help="read densely (default 7936)")
     text.add_argument("--decode-tokens", type=int, default=64, metavar="M", help="then decoded one by one, sparsely (default 64)")
+    text.add_argument(
+        "--density", type=_share_list, default=[], metavar="P,..", help="each policy with so many percent of the context chosen"
+    )
     text.add_argument("--generate", type=int, metavar="N", help="instead, N tokens as each policy would go on: how long they are the same")
     text.add_argument("--ask", metavar="QUESTION", help="with --generate: the text and this question are a chat message")
     tasks = evaluate.add_argument_group("on questions")
@@ -166,6 +169,14 @@ def _int_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number or a list of numbers with commas") from None
 
 
+def _share_list(text: str) -> list[float]:
+    """ "1,2.5" (percent) -> [0.01, 0.025]"""
+    try:
+        return [float(item) / 100 for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage or a list of them with commas") from None
+
+
 def _model_arguments(parser: argparse.ArgumentParser, *, attention: bool = True) -> None:
     parser.add_argument("model", help="catalogue name, hub repository (org/name), folder, or .gguf file")
     group = parser.add_argument_group("model")
@@ -173,7 +184,9 @@ def _model_arguments(parser: argparse.ArgumentParser, *, attention: bool = True)
     group.add_argument("--dtype", default="auto", help="auto, bf16, f16 or f32: weights and KV cache (default auto)")
     group.add_argument("--max-context", type=int, metavar="N", help="most tokens of a sequence (default: the model's own, or what fits)")
     if attention:
-        group.add_argument("--attention", default="full", metavar="A", help="of decoded tokens: full (default), tactic, tactic:p=0.75, ...")
+        group.add_argument(
+            "--attention", default="full", metavar="A", help="of decoded tokens: full (default), tactic:p=0.75, recycled, ..."
+        )
     group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default: one per core)")
     group.add_argument("--offline", action="store_true", help="use only what is on disk")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress, no timings on stderr")

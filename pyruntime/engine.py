@@ -130,6 +130,11 @@ class Engine:
 
     def set_attention(self, attention: Attention) -> None:
         """Another policy for all, from the next step on."""
+        if attention.struct.evict:
+            raise InvalidArgumentError(
+                f"attention {str(attention)!r} gives up tokens that a model counts on to reuse them: leave evict out, or use a "
+                "session of your own as bench/streaming.py does"
+            )
         with self.borrow(0):
             self.session.set_attention(attention)
             self.batch.set_sparse(attention.policy != "full")

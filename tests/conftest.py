@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from decoding import open_session, weights  # noqa: F401  the sessions of the attention tests
 from tiny import write_tiny_model
 
 import pyruntime

@@ -286,6 +286,11 @@ def test_figures_are_those_of_the_results() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_page_of_policies_is_that_of_the_results(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / "bench" / "policies.py", "page", "--page", tmp_path / "results.md"], check=True)
+    assert (ROOT / "docs" / "results.md").read_text() == (tmp_path / "results.md").read_text(), "run python bench/policies.py page"
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/long-context.md", *(page for page in PAGES if page.startswith("docs/guide/"))])
 def test_speeds_are_quoted_from_the_results_only(page: str) -> None:
     """A figure with a unit of speed, a ± or a percentage with a decimal stands in a passage that bench/figures.py made, or in code."""

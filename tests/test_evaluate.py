@@ -16,6 +16,7 @@ from pyruntime.cli import main
 from pyruntime.errors import ContextLengthError, InvalidArgumentError
 from pyruntime.evaluate import evaluate, render
 from pyruntime.evaluate.agreement import agree, edit_distance
+from pyruntime.evaluate.budget import at_density
 from pyruntime.evaluate.metrics import confidence, divergence, log_softmax
 from pyruntime.evaluate.progress import Bar
 
@@ -48,6 +49,28 @@ def test_report(folder: Path) -> None:
     assert "true_mass" not in plain["policies"][2], "measured, but nobody asked"
     for name in ("kl", "density", "nll_change", "mass"):
         assert plain["policies"][2][name] == half[name], "measuring has changed the result"
+
+
+def test_every_policy_at_one_density(folder: Path) -> None:
+    """Within what a search in a few steps can do; a tiny model's heads differ little."""
+    names = "tactic:segment=256,tactic_recycled:segment=256,recycled,quest,token_select,streaming,oracle,oracle:budget=1"
+    with Model(folder, device="cpu") as model:
+        ids = model.tokenize(TEXT)
+        policies = [p.with_options(min_context=200) for p in parse_list(names)]
+        policies = [p.with_options(dense_layers=0) if p.policy == "quest" else p for p in policies]
+        report = evaluate(model, ids, policies, n_prompt=480, n_decode=24, true_mass=True, densities=[0.1, 0.3], timed=False)
+    rows = report["policies"]
+    assert [r["wanted_density"] for r in rows] == [0.1] * 8 + [0.3] * 8
+    for row in rows:
+        name = row["attention"].partition(":")[0]
+        if name == "streaming":
+            assert row["density"] == 0 and row["read"] == pytest.approx((16 + 128 + row["wanted_density"] * 492) / 492, rel=0.05)
+        elif "budget" in row["attention"]:
+            assert row["density"] == pytest.approx(row["wanted_density"], rel=0.1 if name != "quest" else 0.3)
+    recycled = rows[2]
+    assert "stride=50" in recycled["attention"] and "full_steps" in recycled and recycled["full_steps"] == 0
+    with pytest.raises(InvalidArgumentError, match=r"density is 1\.5"):
+        at_density(policies[0], 1.5, n_context=100, n_decode=10, measure=lambda p: 0.0)
 
 
 def test_bad_lengths(folder: Path) -> None:

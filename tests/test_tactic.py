@@ -1,88 +1,22 @@
-"""Sessions with sparse decode attention: each line of its contract, on a small golden model with segments of 256 rows."""
+"""Tactic: what it has beside the contract of all policies (test_policies.py), on a small golden model with segments of 256 rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from decoding import FULL, Open, assert_same_within_rounding, decode, filled, prompt, step
 from goldens.weights import write_hf_folder
 from tiny import GOLDENS, golden_weights
 
 from pyruntime.attention import Attention, parse_list
 from pyruntime.errors import InvalidArgumentError, OutOfPagesError, UnsupportedModelError
-from pyruntime.session import Entry, Session, Weights
-
-N_VOCAB, H_KV = 96, 2
-GPU = "cuda:0"
-Open = Callable[..., Session]
-FULL = Attention.parse("full")
+from pyruntime.session import Entry, Session
 
 
 def tactic(**options: Any) -> Attention:
     return Attention("tactic", {"segment": 256, "window": 16, "min_context": 300, **options})
-
-
-def _on_gpu(dtype: str) -> Any:
-    return pytest.param((GPU, dtype), marks=pytest.mark.gpu)
-
-
-@pytest.fixture(scope="module", params=[("cpu", "bf16"), ("cpu", "f32"), _on_gpu("bf16"), _on_gpu("f16"), _on_gpu("f32")], ids="-".join)
-def weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    device, dtype = request.param
-    return golden_weights(write_hf_folder(GOLDENS / "qwen3", tmp_path_factory.mktemp("tactic") / "qwen3", dtype), device=device)
-
-
-@pytest.fixture
-def open_session(weights: Weights) -> Iterator[Open]:
-    opened: list[Session] = []
-
-    def open_one(attention: Attention = FULL, **options: Any) -> Session:
-        opened.append(Session(weights, **{"threads": 2, "max_context": 2048, "n_page": 128, **options}))
-        opened[-1].set_attention(attention)
-        return opened[-1]
-
-    yield open_one
-    for session in opened:
-        session.close()
-
-
-def prompt(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, N_VOCAB, n, dtype=np.int32)
-
-
-def decode(session: Session, seq: int, ids: Any) -> np.ndarray:
-    return np.concatenate([step(session, seq, [t]) for t in ids])
-
-
-def step(session: Session, seq: int, ids: Any) -> np.ndarray:
-    logits = session.step([Entry(seq, ids)], logits="last").logits
-    assert logits is not None and np.isfinite(logits).all()
-    return logits
-
-
-def filled(session: Session, ids: np.ndarray) -> int:
-    seq = session.create_sequence()
-    session.step([Entry(seq, ids)])
-    return seq
-
-
-def assert_same_within_rounding(got: np.ndarray, want: np.ndarray) -> None:
-    """bf16 KV and AMX, or a GPU: weights of the softmax are rounded to 2^-9 in either order; two layers, logits up to 10."""
-    assert np.abs(got - want).max() < 0.05 * max(1.0, np.abs(want).max() / 4)
-
-
-def test_bit_equal_below_min_context_and_within_rounding_at_p_1(open_session: Open) -> None:
-    dense, sparse = open_session(), open_session(tactic(p=1.0))
-    ids, tail = prompt(290), prompt(60, 1)
-    a, b = filled(dense, ids), filled(sparse, ids)
-    want, got = decode(dense, a, tail), decode(sparse, b, tail)
-    assert np.array_equal(got[:9], want[:9])  # rows 291 to 299
-    assert sparse.stats()["n_clustered_token"] > 0
-    assert_same_within_rounding(got, want)
-    stats = sparse.attention_stats()
-    assert stats["n_step"] == 51 * 2 * H_KV and stats["n_selected"] + stats["n_exact"] == stats["n_context"]
 
 
 @pytest.mark.parametrize("estimator", ["fit", "moment"])
@@ -97,42 +31,6 @@ def test_long_decode_stays_near_dense(open_session: Open, estimator: str, segmen
     assert 0 < stats["n_selected"] < stats["n_context"] - stats["n_exact"]
     assert stats["n_true"] == stats["n_mass"] == sum(stats["histogram"]) > 0
     assert stats["true_mass"] / stats["n_true"] > 0.9
-
-
-def test_the_same_steps_give_the_same_bits(open_session: Open) -> None:
-    """Also over other pages, and in the same batch."""
-    ids, tail = prompt(777), prompt(30, 1)
-    results = []
-    for used in (0, 0, 300):
-        session = open_session(tactic(p=0.5))
-        seqs = [filled(session, prompt(used + 1)), *(filled(session, ids[i:]) for i in range(3))]
-        session.free_sequence(seqs.pop(0))
-        one = decode(session, seqs[0], tail)
-        many = [session.step([Entry(s, [t]) for s in seqs], logits="last").logits for t in tail]
-        results.append(np.concatenate([one, *(np.asarray(x) for x in many)]))
-    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
-
-
-def test_the_same_tokens_give_the_same_bits(open_session: Open, request: pytest.FixtureRequest) -> None:
-    """Whatever the chunks, the threads, the pages, and what else is in the batch. On a GPU other kernels run for other numbers of rows."""
-    if request.node.callspec.params["weights"][0] == GPU:
-        pytest.skip("not promised on a GPU")
-    ids, tail = prompt(777), prompt(30, 1)
-    first = open_session(tactic(p=0.5))
-    want = decode(first, filled(first, ids), tail)
-    for options in ({"threads": 1}, {"max_batch_tokens": 50}):
-        session = open_session(tactic(p=0.5), **options)
-        assert np.array_equal(decode(session, filled(session, ids), tail), want)
-    session = open_session(tactic(p=0.5))
-    others = [filled(session, prompt(n, n)) for n in (40, 600, 320)]
-    seq = session.create_sequence()
-    for begin in range(0, 777, 111):
-        session.step([Entry(seq, ids[begin : begin + 111])])
-    for i, token in enumerate(tail):
-        fresh = session.create_sequence()
-        entries = [Entry(others[0], [1]), Entry(fresh, prompt(9, i)), Entry(others[1], [2]), Entry(seq, [token]), Entry(others[2], [3, 4])]
-        logits = session.step(entries, logits="last").logits
-        assert logits is not None and np.array_equal(logits[3], want[i])
 
 
 def test_forks_share_segments_and_truncation_takes_them_apart(open_session: Open) -> None:
@@ -227,12 +125,12 @@ def test_tail_and_dense_layers(open_session: Open) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("quest", "policy 'quest' is unknown"),
+        ("best", "policy 'best' is unknown"),
         ("tactic:p", "'p' is not of the form"),
         ("tactic:p=0.5,p=0.6", "p is given twice"),
         ("tactic:p=0", "option p is '0'"),
         ("tactic:p=nan", "option p is 'nan'"),
-        ({"policy": "tactic", "p": True}, "option p is True"),
+        ({"policy": "tactic", "p": True}, "option p is 'true'"),
         ("tactic:q=1", "no option 'q'"),
         ("tactic:cluster=x", "option cluster is 'x'"),
         ("tactic:tail=2", "option tail is '2'"),

@@ -1,6 +1,4 @@
-#include "attention/sparse.h"
-#include "cpu/attend.h"
-#include "cpu/dot.h"
+#include "attention/mass_cpu.h"
 #include "ops/cpu_table.h"
 
 namespace prt::PRT_ISA {
@@ -41,53 +39,20 @@ PRT_INLINE int64_t slot_of(const Query& x, int64_t j) {  // cluster j of the ent
   const int64_t page = x.a.page_table.row<int32_t>(x.entry)[x.first_page + j / x.n_slot];
   return (page * x.a.k_pages.shape[1] + x.kv_head) * x.n_slot + j % x.n_slot;
 }
-struct RowRange {
-  int64_t first, n;
-};
 PRT_INLINE RowRange rows_of(const Query& x, int64_t j) {
   const int32_t* range = static_cast<const int32_t*>(x.a.index.range.data) + slot_of(x, j) * 2;
   return {range[0] + (x.first_page + j / x.n_slot) * kPageTokens, range[1]};
 }
 
-// sum of e^(score - top) over some keys
-struct Mass {
-  float top = -__builtin_inff();
-  double total = 0;
-  PRT_INLINE double under(const Mass& m, float top) { return m.total > 0 ? m.total * static_cast<double>(exp1(m.top - top)) : 0; }
-};
-
-template <class W>
-PRT_INLINE void add_rows(const Query& x, RowRange rows, Mass& mass) {
-  const int32_t* pages = x.a.page_table.row<int32_t>(x.entry);
-  for (int64_t row = rows.first, end = rows.first + rows.n; row < end;) {
-    const int64_t n = min64(kPageTokens - row % kPageTokens, end - row);
-    const auto* k = static_cast<const typename W::T*>(x.a.k_pages.data) +
-                    ((pages[row / kPageTokens] * x.a.k_pages.shape[1] + x.kv_head) * kPageTokens + row % kPageTokens) * x.d;
-    float score[kPageTokens];
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) dot_tile<DotF32<W>, 1, 4>(x.q, 0, k + i * x.d, x.d, x.d, score + i);
-    for (; i < n; ++i) dot_tile<DotF32<W>, 1, 1>(x.q, 0, k + i * x.d, x.d, x.d, score + i);
-    for (; i < round_up(n, kWidth); ++i) score[i] = -__builtin_inff();
-    vf best = splat(-__builtin_inff()), sum_of{};
-    for (i = 0; i < n; i += kWidth) best = max(best, load(score + i));
-    const float here = max_of(best) * x.a.scale;
-    if (here > mass.top) {
-      mass.total = Mass::under(mass, here);
-      mass.top = here;
-    }
-    for (i = 0; i < n; i += kWidth) sum_of += exp(fma(load(score + i), splat(x.a.scale), splat(-mass.top)));
-    mass.total += static_cast<double>(sum(sum_of));
-    row += n;
-  }
-}
+PRT_INLINE HeadKeys keys_of(const Query& x) { return {x.a.k_pages, x.a.page_table.row<int32_t>(x.entry), x.kv_head, x.d, x.q, x.a.scale}; }
 
 // The rows in no closed segment.
 template <class W>
 PRT_INLINE Mass open_mass(const Query& x) {
   const int32_t len = static_cast<const int32_t*>(x.a.kv_len.data)[x.entry], *closed = x.a.closed.row<int32_t>(x.entry);
   Mass mass;
-  add_rows<W>(x, {0, closed[0] * kPageTokens}, mass);
-  add_rows<W>(x, {closed[1] * kPageTokens, len - closed[1] * kPageTokens}, mass);
+  add_rows<W>(keys_of(x), {0, closed[0] * kPageTokens}, mass);
+  add_rows<W>(keys_of(x), {closed[1] * kPageTokens, len - closed[1] * kPageTokens}, mass);
   return mass;
 }
 
@@ -159,8 +124,6 @@ PRT_INLINE int64_t pop(const Query& x, int64_t n) {
   return first;
 }
 
-PRT_INLINE float share(double part, double all) { return all > 0 ? static_cast<float>(part / all) : 1.0f; }
-
 // The cut is at the share p of the mass, or at `fraction` of the clustered rows.
 struct Cut {
   double p, n_row;
@@ -194,7 +157,7 @@ PRT_INLINE float choose_by_moment(const Query& x, const Mass& open, float top) {
       continue;
     }
     Mass counted;
-    add_rows<W>(x, here, counted);
+    add_rows<W>(keys_of(x), here, counted);
     exact += Mass::under(counted, top);
     estimated += mass;
     taken += Mass::under(counted, top);
@@ -218,7 +181,7 @@ PRT_INLINE float choose_by_fit(const Query& x, const Mass& open, float top) {
   const double where[2] = {kFirst * n_row, kSecond * n_row}, half = kSample * n_row / 2;
   const auto exact = [&](int64_t j) {
     Mass mass;
-    add_rows<W>(x, rows_of(x, j), mass);
+    add_rows<W>(keys_of(x), rows_of(x, j), mass);
     return Mass::under(mass, top);
   };
   double at = 0;
@@ -283,34 +246,16 @@ PRT_INLINE void write_union(const Select& a, int64_t entry, int64_t kv_head, int
   a.n_range.row<int32_t>(entry)[kv_head] = static_cast<int32_t>(n);
 }
 
-template <class W>
-PRT_INLINE float measure(const Query& x) {
-  Mass all, held;
-  add_rows<W>(x, {0, static_cast<const int32_t*>(x.a.kv_len.data)[x.entry]}, all);
-  const int32_t* range = x.a.ranges.row<int32_t>(x.entry) + x.kv_head * x.a.ranges.shape[2] * 2;
-  for (int32_t i = 0; i < x.a.n_range.row<int32_t>(x.entry)[x.kv_head]; ++i)
-    add_rows<W>(x, {range[2 * i], range[2 * i + 1] - (i > 0 ? range[2 * i - 1] : 0)}, held);
-  return share(Mass::under(held, all.top), all.total);
-}
-
 PRT_INLINE void count(const Select& a, int64_t entry, int64_t kv_head, int64_t group) {
   AttentionCounters& c = static_cast<AttentionCounters*>(a.counters.data)[kv_head];
   const int32_t *closed = a.closed.row<int32_t>(entry), n = a.n_range.row<int32_t>(entry)[kv_head],
                 *range = a.ranges.row<int32_t>(entry) + kv_head * a.ranges.shape[2] * 2;
   const int64_t context = static_cast<const int32_t*>(a.kv_len.data)[entry], exact = context - (closed[1] - closed[0]) * kPageTokens;
-  ++c.n_step;
-  c.n_context += context;
-  c.n_exact += exact;
-  c.n_selected += (n > 0 ? range[2 * n - 1] : 0) - exact;
+  count_step(c, context, exact, n > 0 ? range[2 * n - 1] : 0);
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     ++c.n_mass;
     c.mass += static_cast<int64_t>(a.mass.row<float>(entry)[h] * 0x1p32f);
-    if (!a.true_mass.data) continue;
-    const float share = a.true_mass.row<float>(entry)[h];
-    ++c.n_true;
-    c.true_mass += static_cast<int64_t>(share * 0x1p32f);
-    c.n_reached += share >= a.p;
-    ++c.histogram[max64(0, min64(static_cast<int64_t>(share * PRT_MASS_BINS), PRT_MASS_BINS - 1))];
+    if (a.true_mass.data) count_true(c, a.true_mass.row<float>(entry)[h], a.p);
   }
 }
 
@@ -338,7 +283,10 @@ void select(ThreadPool& pool, const Select& a) {
         const Query x = Query::of(a, entry, h);
         float* tail = a.tail.data ? a.tail.row<float>(entry) + h * a.tail.shape[2] : nullptr;
         for (int64_t j = 0; tail && j < x.n_cluster; ++j) tail[j] = in_union[j] ? -__builtin_inff() : x.rest[j];
-        if (a.true_mass.data) a.true_mass.row<float>(entry)[h] = measure<W>(x);
+        if (a.true_mass.data)
+          a.true_mass.row<float>(entry)[h] =
+              held_share<W>(keys_of(x), static_cast<const int32_t*>(a.kv_len.data)[entry],
+                            a.ranges.row<int32_t>(entry) + kv_head * a.ranges.shape[2] * 2, a.n_range.row<int32_t>(entry)[kv_head]);
       }
     });
   });

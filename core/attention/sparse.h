@@ -95,6 +95,10 @@ struct AttentionCounters {
   int64_t true_mass = 0;  // sum of the measured shares
   int64_t n_reached = 0;  // of them, p or more
   int64_t histogram[PRT_MASS_BINS] = {};  // of the measured shares: bin floor(share x PRT_MASS_BINS), the last one for 1 as well
+  int64_t n_full = 0;  // of n_step: all rows were attended to, and none of them chosen
+  int64_t n_choice = 0;  // choices made
+  int64_t n_compared = 0;  // rows of choices after another one of the same sequence, where both could choose
+  int64_t n_overlap = 0;  // of these: rows that the one before had, too
 };
 constexpr int64_t kAttentionCounters = sizeof(AttentionCounters) / sizeof(int64_t);
 
@@ -113,6 +117,7 @@ struct SparseAttention {
   Tensor value;  // [n_page][h_kv][n_slot][d_head] f8, with tail
   float scale;
   Tensor scratch;  // [sparse_attention_scratch_bytes() / 4] f32
+  Tensor state{};  // [n_entry] i32, or missing: ranges and n_range are [n_state], and entry e has row state[e]; -1: it is left alone
 };
 void sparse_attention(const Backend&, const SparseAttention&);
 int64_t sparse_attention_scratch_bytes(const Backend&, int64_t n_entry, int64_t max_pages, int64_t h_q, int64_t h_kv, int64_t d_head);

@@ -1,7 +1,8 @@
 // prt_op_run("sparse_attention", {out, q, k_pages, v_pages, page_table, ranges, n_range,
-//                                 tail, closed, value, or these three empty}, {scale})
+//                                 tail, closed, value, or these three empty; state, or left out}, {scale})
 #include "attention/sparse_attention.h"
 
+#include "attention/choice.h"
 #include "ops/cpu_table.h"
 #include "ops/cuda_table.h"
 
@@ -10,9 +11,12 @@ namespace prt {
 void check_contents(const SparseAttention& a) {
   const char* op = "sparse_attention";
   const int64_t n_page = a.k_pages.shape[0], h_kv = a.k_pages.shape[1], rows = a.page_table.shape[1] * kPageTokens;
+  if (a.state) check_state(op, a.state, a.q.shape[0], a.ranges.shape[0]);
   for (int64_t e = 0; e < a.q.shape[0]; ++e)
     for (int64_t h = 0; h < h_kv; ++h) {
-      const int32_t n = a.n_range.row<int32_t>(e)[h], *range = a.ranges.row<int32_t>(e) + h * a.ranges.shape[2] * 2;
+      const int64_t place = a.state ? a.state.as<int32_t>()[e] : e;
+      if (place < 0) continue;
+      const int32_t n = a.n_range.row<int32_t>(place)[h], *range = a.ranges.row<int32_t>(place) + h * a.ranges.shape[2] * 2;
       check(n >= 0 && n <= a.ranges.shape[2], op, ": n_range of entry ", e, " is ", n, ", ranges has room for ", a.ranges.shape[2]);
       for (int64_t i = 0, end = 0, before = 0; i < n; ++i) {
         const int64_t first = range[2 * i], past = first + range[2 * i + 1] - before;
@@ -55,8 +59,9 @@ void sparse_attention(const Backend& backend, const SparseAttention& a) {
         " x ", d);
   check_shape(op, "out", a.out, a.q.dtype, {n_entry, width});
   check_shape(op, "page_table", a.page_table, DType::i32, {n_entry, -1});
-  check_shape(op, "ranges", a.ranges, DType::i32, {n_entry, h_kv, -1, 2});
-  check_shape(op, "n_range", a.n_range, DType::i32, {n_entry, h_kv});
+  check_shape(op, "ranges", a.ranges, DType::i32, {a.state ? -1 : n_entry, h_kv, -1, 2});
+  check_shape(op, "n_range", a.n_range, DType::i32, {a.ranges.shape[0], h_kv});
+  if (a.state) check_shape(op, "state", a.state, DType::i32, {n_entry});
   if (a.tail) {
     check_shape(op, "value", a.value, DType::f8, {n_page, h_kv, -1, d});
     check_shape(op, "closed", a.closed, DType::i32, {n_entry, 2});
@@ -65,6 +70,7 @@ void sparse_attention(const Backend& backend, const SparseAttention& a) {
   check(a.scale > 0 && a.scale <= 1e30f, op, ": scale is ", a.scale, ", expected a positive number");
   const int64_t need = sparse_attention_scratch_bytes(backend, n_entry, a.page_table.shape[1], width / d, h_kv, d);
   check(a.scratch.bytes() >= need, op, ": scratch has ", a.scratch.bytes(), " bytes, ", need, " are needed");
+  if (backend.cuda && a.state) fail(PRT_UNSUPPORTED, op, ": state has no CUDA twin yet");
   if (backend.cuda) return backend.cuda->sparse_attention(*backend.stream, a);
   check_contents(a);
   backend.cpu->sparse_attention(*backend.pool, a);

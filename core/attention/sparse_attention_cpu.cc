@@ -7,12 +7,24 @@ namespace prt::PRT_ISA {
 
 namespace {
 
+// Where the entry's ranges are; -1: it is left alone.
+PRT_INLINE int64_t place_of(const SparseAttention& a, int64_t entry) {
+  return a.state.data ? static_cast<const int32_t*>(a.state.data)[entry] : entry;
+}
+
 // Rows [begin, begin + kChunkTokens) of the kv head's choice, copied side by side. -> how many there are
 PRT_INLINE int64_t collect(const SparseAttention& a, int64_t entry, int64_t kv_head, int64_t begin, char* k, char* v) {
   const int64_t h_kv = a.k_pages.shape[1], row_bytes = a.k_pages.shape[3] * (a.k_pages.dtype == DType::f32 ? 4 : 2);
-  const int32_t *range = a.ranges.row<int32_t>(entry) + kv_head * a.ranges.shape[2] * 2, *pages = a.page_table.row<int32_t>(entry);
-  int64_t n = 0, passed = 0;
-  for (int64_t i = 0, n_range = a.n_range.row<int32_t>(entry)[kv_head]; i < n_range && n < kChunkTokens; passed = range[2 * i + 1], ++i) {
+  const int64_t place = place_of(a, entry), n_range = a.n_range.row<int32_t>(place)[kv_head];
+  const int32_t *range = a.ranges.row<int32_t>(place) + kv_head * a.ranges.shape[2] * 2, *pages = a.page_table.row<int32_t>(entry);
+  int64_t n = 0, first = 0;
+  for (int64_t end = n_range; first < end;) {  // the first range that goes on past `begin`
+    const int64_t middle = (first + end) / 2;
+    if (range[2 * middle + 1] > begin) end = middle;
+    else first = middle + 1;
+  }
+  int64_t passed = first > 0 ? range[2 * first - 1] : 0;
+  for (int64_t i = first; i < n_range && n < kChunkTokens; passed = range[2 * i + 1], ++i) {
     int64_t row = range[2 * i] + max64(0, begin - passed);
     for (const int64_t end = range[2 * i] + range[2 * i + 1] - passed; row < end && n < kChunkTokens;) {
       const int64_t m = min64(min64(end - row, kPageTokens - row % kPageTokens), kChunkTokens - n);
@@ -27,7 +39,9 @@ PRT_INLINE int64_t collect(const SparseAttention& a, int64_t entry, int64_t kv_h
 }
 
 PRT_INLINE int64_t chunks_of(const SparseAttention& a, int64_t entry, int64_t kv_head) {
-  const int32_t *range = a.ranges.row<int32_t>(entry) + kv_head * a.ranges.shape[2] * 2, n = a.n_range.row<int32_t>(entry)[kv_head];
+  const int64_t place = place_of(a, entry);
+  if (place < 0) return 0;
+  const int32_t *range = a.ranges.row<int32_t>(place) + kv_head * a.ranges.shape[2] * 2, n = a.n_range.row<int32_t>(place)[kv_head];
   return n == 0 ? 0 : (range[2 * n - 1] + kChunkTokens - 1) / kChunkTokens;
 }
 
@@ -81,10 +95,10 @@ void sparse_attention(ThreadPool& pool, const SparseAttention& a) {
     using W = decltype(format);
     pool.parallel_for(n_entry * h_kv * most, [&](int64_t item, int32_t thread) {
       const int64_t chunk = item / (n_entry * h_kv), entry = item % (n_entry * h_kv) / h_kv, kv_head = item % h_kv;
+      if (chunk >= chunks_of(a, entry, kv_head)) return;
       float* mine = base + thread * per_thread;
       float *k = mine + dense, *v = k + kChunkTokens * d;
       const int64_t n = collect(a, entry, kv_head, chunk * kChunkTokens, reinterpret_cast<char*>(k), reinterpret_cast<char*>(v));
-      if (n == 0) return;
       int32_t pages[kChunkTokens / kPageTokens];
       for (int32_t i = 0; i < kChunkTokens / kPageTokens; ++i) pages[i] = i;
       Attention b{};
@@ -110,7 +124,9 @@ void sparse_attention(ThreadPool& pool, const SparseAttention& a) {
     });
   });
   pool.parallel_for(n_entry * h_q, [&](int64_t item, int32_t thread) {
-    const int64_t entry = item / h_q, head = item % h_q, kv_head = head / group, chunks = chunks_of(a, entry, kv_head);
+    const int64_t entry = item / h_q, head = item % h_q, kv_head = head / group;
+    if (place_of(a, entry) < 0) return;
+    const int64_t chunks = chunks_of(a, entry, kv_head);
     float *sum = base + thread * per_thread, *rest = sum + d_pad, top = -__builtin_inff(), total = 0;
     __builtin_memset(sum, 0, static_cast<size_t>(2 * d_pad) * sizeof(float));
     for (int64_t c = 0; c < chunks; ++c) {

@@ -1,37 +1,10 @@
 #include "attention/tactic.h"
 
-#include <algorithm>
-#include <array>
-#include <bit>
 #include <chrono>
-#include <cstring>
 
 #include "cuda/device.h"
 
 namespace prt {
-
-void check_attention_config(const prt_attention& c) {
-  check(c.policy == PRT_ATTENTION_FULL || c.policy == PRT_ATTENTION_TACTIC, "attention: policy is ", c.policy,
-        ", expected 0 (full) or 1 (tactic)");
-  check(c.p > 0 && c.p <= 1, "attention: p is ", c.p, ", expected above 0 and up to 1");
-  check(c.cluster >= 4 && c.cluster <= 64 && (c.cluster & (c.cluster - 1)) == 0, "attention: cluster is ", c.cluster,
-        ", expected 4, 8, 16, 32 or 64");
-  const int64_t most = kMaxSegmentPages * kPageTokens;
-  check(c.segment == 0 || (c.segment >= 256 && c.segment <= most && c.segment % kPageTokens == 0), "attention: segment is ", c.segment,
-        ", expected 0 (everything there is when decoding begins) or a multiple of ", kPageTokens, " from 256 to ", most);
-  const auto in_range = [](const char* name, int64_t value, int64_t lo, int64_t hi) {
-    check(value >= lo && value <= hi, "attention: ", name, " is ", value, ", expected ", lo, "..", hi);
-  };
-  in_range("iterations", c.iterations, 1, 1000);
-  in_range("estimator", c.estimator, PRT_ESTIMATOR_FIT, PRT_ESTIMATOR_MOMENT);
-  in_range("tail", c.tail, 0, 1);
-  in_range("sinks", c.sinks, 0, 1 << 16);
-  in_range("window", c.window, 0, 1 << 16);
-  in_range("min_context", c.min_context, 1, 1 << 24);
-  in_range("dense_layers", c.dense_layers, 0, 1 << 16);
-  in_range("measure", c.measure, 0, 1);
-  check(c.selected >= 0 && c.selected <= 1, "attention: selected is ", c.selected, ", expected 0 (rows are chosen by p) up to 1");
-}
 
 namespace {
 int64_t pages_of_segment(const prt_attention& c) { return c.segment == 0 ? kMaxSegmentPages : c.segment / kPageTokens; }
@@ -48,18 +21,24 @@ ClusterIndex take_index(Arena& arena, int64_t n_page, int64_t h_kv, int64_t n_sl
   return x;
 }
 
-int64_t index_page_bytes(const prt_attention& c, int64_t n_layer, int64_t h_kv, int64_t d) {
+int64_t index_page_bytes(const prt_attention& c, int64_t n_layer, int64_t h_kv, int64_t d, DType) {
   Arena measure;
   const ClusterIndex x = take_index(measure, 1, h_kv, slots_of(c), d);
   return n_layer * (x.centroid.bytes() + x.variance.bytes() + x.value.bytes() + x.range.bytes() + x.order.bytes());
 }
 
-Tactic::Tactic(const Backend& backend, PagePool& pool, const std::vector<Tensor>& k, const std::vector<Tensor>& v, int64_t h_q,
-               int64_t max_context, const prt_attention& config)
-    : backend_(backend), pool_(pool), k_(k), v_(v), h_q_(h_q), max_pages_((max_context + kPageTokens - 1) / kPageTokens), config_(config) {
-  check_attention_config(config);
+Tactic::Tactic(const PolicyContext& context, const prt_attention& config) : Policy(context, config) {
   check_fits(config);
   take_memory();
+  keep_choices();
+}
+
+// The query is compared as a whole: its mean over heads misses heads that turn one against the other.
+void Tactic::keep_choices() {
+  kept_.reset();
+  if (config_.policy != PRT_ATTENTION_TACTIC_RECYCLED) return;
+  const int64_t n_slot = slots_of(config_);
+  kept_.emplace(n_layer(), h_kv(), select_max_range(max_pages_, n_slot), h_q_ * d_head(), h_q_ * max_pages_ * n_slot);
 }
 
 bool Tactic::same_clusters(const prt_attention& c) const {
@@ -67,8 +46,8 @@ bool Tactic::same_clusters(const prt_attention& c) const {
          c.window == config_.window && c.seed == config_.seed;
 }
 
-void Tactic::configure(const prt_attention& config) {
-  check_attention_config(config);
+bool Tactic::configure(const prt_attention& config) {
+  if (config.policy != PRT_ATTENTION_TACTIC && config.policy != PRT_ATTENTION_TACTIC_RECYCLED) return false;
   const bool other_clusters = !same_clusters(config);
   if (other_clusters) {
     check_fits(config);
@@ -76,15 +55,18 @@ void Tactic::configure(const prt_attention& config) {
   }
   config_ = config;
   if (other_clusters) take_memory();
-  else clear_counters();
+  keep_choices();
+  clear_counters();
+  return true;
 }
 
 Tactic::Views Tactic::lay_out(Arena& arena, const prt_attention& c) const {
   const int64_t n_page = k_[0].shape[0], h_kv = k_[0].shape[1], d = k_[0].shape[3], n_slot = slots_of(c), n = entries_at_once();
   Views v;
   for (size_t i = 0; i < k_.size(); ++i) v.index.push_back(take_index(arena, n_page, h_kv, n_slot, d));
-  v.counters = arena.take(DType::i64, static_cast<int64_t>(k_.size()), h_kv, kAttentionCounters);
   v.lists = arena.take(DType::i32, 3, max_pages_);
+  v.anew = arena.take(DType::i32, n);
+  v.kept = arena.take(DType::i32, n);
   v.ranges = arena.take(DType::i32, n, h_kv, select_max_range(max_pages_, n_slot), 2);
   v.n_range = arena.take(DType::i32, n, h_kv);
   v.tail = arena.take(DType::f32, n, h_q_, max_pages_ * n_slot);
@@ -125,12 +107,6 @@ void Tactic::take_memory() {
   memory_ = backend_.cuda ? device_buffer(backend_.stream->device, measure.used(), what) : host_buffer(measure.used(), what, false);
   Arena arena(memory_.data());
   at_ = lay_out(arena, config_);
-  clear_counters();
-}
-
-void Tactic::clear_counters() {
-  if (backend_.cuda) fill(*backend_.stream, at_.counters.data, 0, at_.counters.bytes());
-  else std::memset(at_.counters.data, 0, static_cast<size_t>(at_.counters.bytes()));
 }
 
 Tensor Tactic::send(int64_t list, const int32_t* pages, int64_t n) const {
@@ -188,6 +164,7 @@ void Tactic::close_segments(int64_t seq, int64_t page, int64_t n_segment, int64_
     if (n_copy > 0) page_copy(backend_, {k_[i], v_[i], from, to});
     cluster(backend_, {k_[i], v_[i], segments, at_.index[i], config_.iterations, config_.seed, at_.cluster_scratch});
   }
+  if (kept_) kept_->forget(seq);  // its tail has a place for each cluster
   for (int64_t s = 0; s < n_segment; ++s) pool_.set_segment(pages[s * n_page], static_cast<int32_t>(n_page));
   n_clustered_ += n_segment * n_page * kPageTokens;
 }
@@ -233,6 +210,7 @@ void Tactic::open_all() {
 void Tactic::truncate(int64_t seq, int64_t n_token) {
   const Sequence& s = pool_.at(seq);
   if (n_token < 0 || n_token > s.length) return;  // the pool says so
+  if (kept_ && n_token < s.length) kept_->forget(seq);
   for (int64_t page = first_page(), end = closed_end(s); page < end;) {
     const int64_t n = pool_.segment(s.pages[static_cast<size_t>(page)]), next = page + n;
     if (page * kPageTokens < n_token && n_token < next * kPageTokens) {
@@ -259,64 +237,92 @@ void Tactic::closed_pages(int64_t seq, int32_t out[2]) const {
   out[1] = static_cast<int32_t>(end == first_page() ? 0 : end);
 }
 
-void Tactic::decode(int64_t layer, const Attention& a, const Tensor& closed) {
-  if (layer < config_.dense_layers) return attention_decode(backend_, a);
-  const int64_t n = a.kv_len.shape[0];
-  const ClusterIndex& index = at_.index[static_cast<size_t>(layer)];
-  const Tensor &k = k_[static_cast<size_t>(layer)], &v = v_[static_cast<size_t>(layer)];
-  for (int64_t e = 0; e < n; e += entries_at_once()) {
-    const int64_t m = std::min(entries_at_once(), n - e);
-    const Select s{.ranges = at_.ranges.rows(0, m),
-                   .n_range = at_.n_range.rows(0, m),
-                   .tail = config_.tail ? at_.tail.rows(0, m) : Tensor{},
-                   .mass = at_.mass.rows(0, m),
-                   .true_mass = config_.measure ? at_.true_mass.rows(0, m) : Tensor{},
-                   .counters = make_tensor(at_.counters.row<int64_t>(layer), DType::i64, k.shape[1], kAttentionCounters),
-                   .q = a.q.rows(e, m),
-                   .k_pages = k,
-                   .page_table = a.page_table.rows(e, m),
-                   .kv_len = a.kv_len.rows(e, m),
-                   .closed = closed.rows(e, m),
-                   .index = index,
-                   .scale = a.scale,
-                   .p = config_.p,
-                   .fraction = config_.selected,
-                   .estimator = static_cast<Estimator>(config_.estimator),
-                   .scratch = at_.select_scratch};
-    select(backend_, s);
-    sparse_attention(backend_, {.out = a.out.rows(e, m),
-                                .q = s.q,
-                                .k_pages = k,
-                                .v_pages = v,
-                                .page_table = s.page_table,
-                                .ranges = s.ranges,
-                                .n_range = s.n_range,
-                                .tail = s.tail,
-                                .closed = s.closed,
-                                .value = index.value,
-                                .scale = a.scale,
-                                .scratch = at_.attend_scratch});
+void Tactic::choose(int64_t layer, const Attention& a, const Tensor& closed, const Tensor& ranges, const Tensor& n_range,
+                    const Tensor& tail) {
+  const int64_t m = a.kv_len.shape[0];
+  select(backend_, {.ranges = ranges,
+                    .n_range = n_range,
+                    .tail = config_.tail ? tail : Tensor{},
+                    .mass = at_.mass.rows(0, m),
+                    .true_mass = config_.measure ? at_.true_mass.rows(0, m) : Tensor{},
+                    .counters = counters_of(layer),
+                    .q = a.q,
+                    .k_pages = a.k_pages,
+                    .page_table = a.page_table,
+                    .kv_len = a.kv_len,
+                    .closed = closed,
+                    .index = at_.index[static_cast<size_t>(layer)],
+                    .scale = a.scale,
+                    .p = config_.p,
+                    .fraction = config_.selected,
+                    .estimator = static_cast<Estimator>(config_.estimator),
+                    .scratch = at_.select_scratch});
+}
+
+void Tactic::attend(int64_t layer, const Attention& a, const PolicyRows& rows) {
+  const int64_t m = a.kv_len.shape[0];
+  if (kept_) choose_or_reuse(layer, a, rows);
+  else choose(layer, a, rows.closed, at_.ranges.rows(0, m), at_.n_range.rows(0, m), at_.tail.rows(0, m));
+  sparse_attention(backend_, {.out = a.out,
+                              .q = a.q,
+                              .k_pages = a.k_pages,
+                              .v_pages = a.v_pages,
+                              .page_table = a.page_table,
+                              .ranges = kept_ ? kept_->layer(layer).ranges : at_.ranges.rows(0, m),
+                              .n_range = kept_ ? kept_->layer(layer).n_range : at_.n_range.rows(0, m),
+                              .tail = config_.tail ? at_.tail.rows(0, m) : Tensor{},
+                              .closed = rows.closed,
+                              .value = at_.index[static_cast<size_t>(layer)].value,
+                              .scale = a.scale,
+                              .scratch = at_.attend_scratch,
+                              .state = kept_ ? rows.state : Tensor{}});
+}
+
+// On the CPU, entry by entry: each either chooses or does not. A GPU will want a list of states in `select`.
+void Tactic::choose_or_reuse(int64_t layer, const Attention& a, const PolicyRows& rows) {
+  const int64_t m = a.kv_len.shape[0], n_tail = h_q_ * at_.tail.shape[2];
+  const KeptChoices::Layer& l = kept_->layer(layer);
+  const float threshold = config_.threshold > 0 ? config_.threshold : 0.9f;
+  reuse(backend_, {at_.anew.rows(0, m), at_.kept.rows(0, m), l.ranges, l.n_range, l.made, l.query, a.q, a.kv_len, rows.state,
+                   config_.stride, std::max(1, config_.check), threshold});
+  for (int64_t e = 0; e < m; ++e) {
+    const int32_t place = rows.state.as<int32_t>()[e];
+    Attention one = a;
+    one.q = a.q.rows(e, 1), one.kv_len = a.kv_len.rows(e, 1), one.page_table = a.page_table.rows(e, 1);
+    const Tensor closed = rows.closed.rows(e, 1);
+    float *tail = at_.tail.row<float>(e), *kept_tail = l.tail.row<float>(place);
+    if (at_.anew.as<int32_t>()[e] >= 0) {
+      choose(layer, one, closed, l.ranges.rows(place, 1), l.n_range.rows(place, 1), at_.tail.rows(e, 1));
+      l.made.as<int32_t>()[place] = a.kv_len.as<int32_t>()[e];
+      if (config_.tail) std::copy_n(tail, n_tail, kept_tail);
+      for (int64_t h = 0; h < h_kv(); ++h) ++counters_of(layer).row<int64_t>(h)[offsetof(AttentionCounters, n_choice) / 8];
+    } else {
+      if (config_.tail) std::copy_n(kept_tail, n_tail, tail);
+      count_rows(backend_, {.counters = counters_of(layer),
+                            .true_mass = config_.measure ? at_.true_mass.rows(e, 1) : Tensor{},
+                            .q = one.q,
+                            .k_pages = a.k_pages,
+                            .page_table = one.page_table,
+                            .kv_len = one.kv_len,
+                            .ranges = l.ranges,
+                            .n_range = l.n_range,
+                            .state = at_.kept.rows(e, 1),
+                            .made = l.made,
+                            .closed = closed,
+                            .unit = 1,
+                            .sinks = config_.sinks,
+                            .window = config_.window,
+                            .scale = a.scale,
+                            .p = config_.p});
+    }
   }
 }
 
-AttentionCounters Tactic::counters(int64_t layer, int64_t kv_head) const {
-  const auto n_layer = static_cast<int64_t>(k_.size()), h_kv = k_[0].shape[1];
-  check(layer >= -1 && layer < n_layer, "attention stats: layer is ", layer, ", expected -1 (all) or 0..", n_layer - 1);
-  check(kv_head >= -1 && kv_head < h_kv, "attention stats: kv_head is ", kv_head, ", expected -1 (all) or 0..", h_kv - 1);
-  const int64_t* all = at_.counters.as<int64_t>();
-  std::vector<int64_t> copy;
-  if (backend_.cuda) {
-    copy.resize(static_cast<size_t>(at_.counters.size()));
-    copy_to_host(*backend_.stream, copy.data(), all, at_.counters.bytes());
-    synchronize(*backend_.stream);
-    all = copy.data();
-  }
-  std::array<int64_t, kAttentionCounters> sum{};
-  for (int64_t l = 0; l < n_layer; ++l)
-    for (int64_t h = 0; h < h_kv; ++h)
-      if ((layer < 0 || l == layer) && (kv_head < 0 || h == kv_head))
-        for (int64_t i = 0; i < kAttentionCounters; ++i) sum[static_cast<size_t>(i)] += all[(l * h_kv + h) * kAttentionCounters + i];
-  return std::bit_cast<AttentionCounters>(sum);
+void Tactic::add_stats(prt_session_stats& s) const {
+  Policy::add_stats(s);
+  s.index_bytes += memory_.bytes() + (kept_ ? kept_->bytes() : 0);
+  s.n_clustered_token = n_clustered_;
+  s.cluster_seconds = cluster_seconds_;
 }
 
 }  // namespace prt

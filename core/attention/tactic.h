@@ -1,48 +1,46 @@
 // Tactic: clusters of keys, a share of the softmax mass to reach, and attention to the clusters that reach it (arXiv 2502.12216).
+//
+// tactic_recycled: a layer's choice, and what it says of the clusters left out, serve again while its query is like the one that they were
+// made for; tokens that have come since are exact. Then the index is read once for several tokens.
 #pragma once
-#include <algorithm>
-#include <vector>
+#include <optional>
 
+#include "attention/kept_choices.h"
 #include "attention/policy.h"
-#include "attention/sparse.h"
-#include "base/arena.h"
 
 namespace prt {
-
-// Refuses values that are out of range, by name.
-void check_attention_config(const prt_attention& c);
 
 // The index of one layer.
 ClusterIndex take_index(Arena& arena, int64_t n_page, int64_t h_kv, int64_t n_slot, int64_t d_head);
 // What the index takes for each KV page, all layers together.
-int64_t index_page_bytes(const prt_attention& c, int64_t n_layer, int64_t h_kv, int64_t d_head);
+int64_t index_page_bytes(const prt_attention& c, int64_t n_layer, int64_t h_kv, int64_t d_head, DType kv = DType::bf16);
 
 class Tactic : public Policy {
  public:
-  // k, v: the pages of every layer. Both they and the pool outlive the policy.
-  Tactic(const Backend& backend, PagePool& pool, const std::vector<Tensor>& k, const std::vector<Tensor>& v, int64_t h_q,
-         int64_t max_context, const prt_attention& config);
+  Tactic(const PolicyContext& context, const prt_attention& config);
 
-  // Other values for the same sequences. Where these change how keys are clustered, every segment is opened and clustered again when
-  // needed. Should the memory for that be gone although it was there a moment ago, the policy is not usable() any more.
-  void configure(const prt_attention& config);
+  // Where the values change how keys are clustered, every segment is opened and clustered again when needed. Should the memory for that
+  // be gone although it was there a moment ago, the policy is not usable() any more.
+  bool configure(const prt_attention& config) override;
   // Clusters just these segments, numbers of pages from first_page() on: those that the sequence had when its rows were exported.
   void restore(int64_t seq, const std::vector<int32_t>& segments);
   const prt_attention& config() const { return config_; }
   bool same_clusters(const prt_attention& c) const;
   int64_t first_page() const { return (config_.sinks + kPageTokens - 1) / kPageTokens; }
   const Tensor& order(int64_t layer) const { return at_.index[static_cast<size_t>(layer)].order; }  // ClusterIndex
-  bool usable() const { return memory_.data() != nullptr; }
-  bool wants(int64_t kv_len) const override { return kv_len >= config_.min_context; }
+  bool usable() const override { return memory_.data() != nullptr; }
+  void leave() override { open_all(); }
   void prepare(const int64_t* seq, int64_t n) override;
   void closed_pages(int64_t seq, int32_t out[2]) const override;
-  void decode(int64_t layer, const Attention& a, const Tensor& closed) override;
   void truncate(int64_t seq, int64_t n_token) override;
-
-  AttentionCounters counters(int64_t layer, int64_t kv_head) const;  // -1: all
-  int64_t index_bytes() const { return memory_.bytes(); }
-  double cluster_seconds() const { return cluster_seconds_; }
-  int64_t n_clustered() const { return n_clustered_; }
+  int32_t state(int64_t seq) override { return kept_ ? kept_->state(seq) : 0; }
+  void fork(int64_t from, int64_t to) override {
+    if (kept_) kept_->fork(from, to);
+  }
+  void free(int64_t seq) override {
+    if (kept_) kept_->free(seq);
+  }
+  void add_stats(prt_session_stats& stats) const override;
 
  private:
   static constexpr int64_t kExtendPages = 32;  // segment 0: what is decoded is clustered 2048 rows at a time, as published
@@ -51,17 +49,18 @@ class Tactic : public Policy {
   // The operations' view of the memory.
   struct Views {
     std::vector<ClusterIndex> index;  // [n_layer]
-    Tensor counters;                  // [n_layer][h_kv][kAttentionCounters] i64
     Tensor lists;                     // [3][max_pages] i32: page numbers on a GPU
+    Tensor anew, kept;                // [entries_at_once] i32: of Reuse
     Tensor ranges, n_range, tail, mass, true_mass, select_scratch, attend_scratch, cluster_scratch;
   };
+  void attend(int64_t layer, const Attention& a, const PolicyRows& rows) override;
+  void choose(int64_t layer, const Attention& a, const Tensor& closed, const Tensor& ranges, const Tensor& n_range, const Tensor& tail);
+  void choose_or_reuse(int64_t layer, const Attention& a, const PolicyRows& rows);
+  void keep_choices();
   Views lay_out(Arena& arena, const prt_attention& c) const;
   void check_fits(const prt_attention& c) const;
   void take_memory();
-  void clear_counters();
 
-  // Decode rows and segments that are worked on at a time: bounds the working memory.
-  int64_t entries_at_once() const { return backend_.cuda ? 16 : 8; }
   int64_t segments_at_once(int64_t n_page) const { return backend_.cuda ? std::max<int64_t>(1, 2048 / n_page) : 4; }
   int64_t closed_end(const Sequence& s) const;
   void close(int64_t seq);
@@ -70,12 +69,8 @@ class Tactic : public Policy {
   void open_all();
   Tensor send(int64_t list, const int32_t* pages, int64_t n) const;  // to where the operations read them
 
-  Backend backend_;
-  PagePool& pool_;
-  const std::vector<Tensor>&k_, &v_;
-  int64_t h_q_, max_pages_;
-  prt_attention config_;
   Buffer memory_;
+  std::optional<KeptChoices> kept_;  // of tactic_recycled
   Views at_;
   std::vector<int32_t> copy_from_, copy_to_, from_, to_;
   double cluster_seconds_ = 0;

@@ -152,6 +152,10 @@ PRT_INLINE void softmax_page(const Attention& a, const RowBlock& b, int64_t key,
     const int64_t lo = max64(0, range.begin - key), hi = min64(n_key, range.end - key);
     for (int64_t i = 0; i < min64(lo, n_pad); ++i) score[i] = -__builtin_inff();
     for (int64_t i = max64(0, hi); i < n_pad; ++i) score[i] = -__builtin_inff();
+    if (a.scores.data) {  // decode: one token, and row r is a head of the group
+      float* out = a.scores.row<float>(b.entry) + (b.kv_head * b.group + r) * a.scores.shape[2] + key;
+      for (int64_t i = 0; i < n_key; ++i) out[i] = score[i] * scale;
+    }
     vf best = splat(-__builtin_inff());
     for (int64_t i = 0; i < n_pad; i += kWidth) best = max(best, load(score + i));
     const float before = into.top[r], here = max_of(best) * scale, top = before > here ? before : here;

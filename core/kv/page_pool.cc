@@ -155,6 +155,29 @@ void PagePool::swap_tail(int64_t seq, int64_t first, const std::vector<int32_t>&
   s.length = n_token;
 }
 
+void PagePool::evict(int64_t seq, int64_t first, int64_t n) {
+  Sequence& s = find(seq);
+  const auto begin = s.pages.begin() + first, end = begin + n;
+  std::for_each(begin, end, [&](int32_t page) { drop(page); });
+  s.pages.erase(begin, end);
+  s.length -= n * PRT_PAGE_TOKENS;
+}
+
+void PagePool::own_tail(int64_t seq, int64_t first, std::vector<int32_t>& copy_from, std::vector<int32_t>& copy_to) {
+  copy_from.clear();
+  copy_to.clear();
+  Sequence& s = find(seq);
+  for (auto i = static_cast<size_t>(first); i < s.pages.size(); ++i)
+    if (shared(s.pages[i])) copy_from.push_back(s.pages[i]);
+  copy_to = reserve(static_cast<int64_t>(copy_from.size()));
+  for (size_t i = static_cast<size_t>(first), next = 0; i < s.pages.size(); ++i) {
+    if (!shared(s.pages[i])) continue;
+    drop(s.pages[i]);
+    s.pages[i] = copy_to[next++];
+    ++n_copy_;
+  }
+}
+
 std::vector<int64_t> PagePool::ids() const {
   std::vector<int64_t> all;
   for (const auto& [id, s] : sequences_) all.push_back(id);

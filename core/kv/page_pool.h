@@ -56,6 +56,11 @@ class PagePool {
   // Takes n pages that belong to nobody yet; swap_tail makes them the pages of `seq` from `first` on, the last ones it has.
   std::vector<int32_t> reserve(int64_t n);
   void swap_tail(int64_t seq, int64_t first, const std::vector<int32_t>& pages, int64_t n_token);
+  // Gives up pages [first, first + n) of `seq`; the rows after them move up.
+  void evict(int64_t seq, int64_t first, int64_t n);
+  // Before pages [first, end of seq) are changed in place: those that others hold are exchanged for new ones, into which the caller copies.
+  // Fails, and changes nothing, if there are too few.
+  void own_tail(int64_t seq, int64_t first, std::vector<int32_t>& copy_from, std::vector<int32_t>& copy_to);
   void end_prompt(int64_t seq) { find(seq).prompt_ended = true; }
   void close_prompt(int64_t seq) { find(seq).prompt_ended = false; }
   std::vector<int64_t> ids() const;

@@ -69,7 +69,13 @@ void forward(const Backend& b, const ModelConfig& c, const Weights& w, const Rop
     };
     if (rows.prefill.n_entry > 0) attention_prefill(b, attention_over(rows.prefill, 0, rows.n_prefill_tok));
     if (rows.decode.n_entry > 0) attention_decode(b, attention_over(rows.decode, rows.n_prefill_tok, rows.decode.n_entry));
-    if (rows.sparse.n_entry > 0) policy->decode(i, attention_over(rows.sparse, n - rows.sparse.n_entry, rows.sparse.n_entry), rows.closed);
+    if (rows.sparse.n_entry > 0) policy->decode(i, attention_over(rows.sparse, n - rows.sparse.n_entry, rows.sparse.n_entry), rows.policy);
+    for (size_t j = 0; j < rows.last.size(); ++j) {
+      const auto [row, entry] = rows.last[j];
+      Attention a = attention_over(rows.decode, row, 1);
+      a.q_begin = rows.dense.q_begin, a.kv_len = rows.dense.kv_len.rows(entry, 1), a.page_table = rows.dense.page_table.rows(entry, 1);
+      policy->observe(i, a, {{}, rows.last_state.rows(static_cast<int64_t>(j), 1)});
+    }
     linear(b, {.out = x, .x = attn, .weight = l.o, .bias = l.o_bias, .accumulate = true, .scratch = act.linear_scratch});
 
     linear(b, {.out = ff,

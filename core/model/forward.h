@@ -30,7 +30,14 @@ struct Rows {
     Tensor kv_len;      // [n_entry] i32
     Tensor page_table;  // [n_entry][max_pages] i32
   } prefill, decode, sparse;  // sparse: decode entries that the policy attends for, the last rows
-  Tensor closed;  // [sparse.n_entry][2] i32: Policy::closed_pages
+  PolicyRows policy;          // of the sparse entries
+  // Rows after which a sequence may be decoded sparsely, for Policy::observe: its last dense one.
+  struct Last {
+    int64_t row, entry;  // entry: of `dense`
+  };
+  std::vector<Last> last;
+  Part dense;         // the entries of prefill, then those of decode; q_begin: 0 and 1
+  Tensor last_state;  // [last.size()] i32: Policy::state
 };
 
 // Activations of one chunk.

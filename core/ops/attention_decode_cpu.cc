@@ -14,7 +14,8 @@ void attention_decode(ThreadPool& pool, const Attention& a) {
   const int64_t per_partial = attention_partial_floats(h_q, d);
   const int64_t room = (a.scratch.size() - pool.size() * per_thread) / per_partial;
 
-  const auto chunks_of = [&](int64_t e) { return (kv_len[e] + kChunkTokens - 1) / kChunkTokens; };
+  const auto left_alone = [&](int64_t e) { return a.state.data && static_cast<const int32_t*>(a.state.data)[e] < 0; };
+  const auto chunks_of = [&](int64_t e) { return left_alone(e) ? 0 : (kv_len[e] + kChunkTokens - 1) / kChunkTokens; };
   const auto partial_at = [&](int64_t slot, int64_t kv_head) {  // [sum of all heads][top][total]
     float* base = partials + slot * per_partial;
     return Partial{base + h_q * d_pad + kv_head * group, base + h_q * d_pad + h_q + kv_head * group, base + kv_head * group * d_pad};
@@ -43,6 +44,7 @@ void attention_decode(ThreadPool& pool, const Attention& a) {
       });
     });
     pool.parallel_for(e1 - e0, [&](int64_t i, int32_t thread) {
+      if (left_alone(e0 + i)) return;
       const AttendScratch s =
           AttendScratch::at(static_cast<float*>(a.scratch.data) + thread * per_thread, attention_scratch_rows(group), d);
       int64_t slot = 0;
@@ -55,6 +57,7 @@ void attention_decode(ThreadPool& pool, const Attention& a) {
           merge_row(top, total, sum, p.top[h % group], p.total[h % group], p.sum + h % group * d_pad, d_pad);
         }
         write_row(a, e0 + i, h, sum, total, d);
+        if (a.scores.data) a.log_total.row<float>(e0 + i)[h] = top + static_cast<float>(__builtin_log(static_cast<double>(total)));
       }
     });
     e0 = e1;

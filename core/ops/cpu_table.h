@@ -3,7 +3,7 @@
 // Those files must not define anything that the linker could merge across instruction sets (inline functions of other headers,
 // templates of std); tests/test_library.py looks for such symbols.
 #pragma once
-#include "attention/sparse.h"
+#include "attention/choice.h"
 
 namespace prt {
 
@@ -20,6 +20,13 @@ struct CpuOps {
   void (*cluster)(ThreadPool&, const Cluster&);
   void (*select)(ThreadPool&, const Select&);
   void (*sparse_attention)(ThreadPool&, const SparseAttention&);
+  void (*score_rows)(ThreadPool&, const ScoreRows&);
+  void (*page_bounds)(ThreadPool&, const PageBounds&);
+  void (*score_blocks)(ThreadPool&, const ScoreBlocks&);
+  void (*top_rows)(ThreadPool&, const TopRows&);
+  void (*reuse)(ThreadPool&, const Reuse&);
+  void (*count_rows)(ThreadPool&, const CountRows&);
+  void (*rope_shift)(ThreadPool&, const RopeShift&);
 };
 
 #define PRT_DECLARE_ISA(isa)                                  \
@@ -37,6 +44,13 @@ struct CpuOps {
   void cluster(ThreadPool&, const Cluster&);                  \
   void select(ThreadPool&, const Select&);                    \
   void sparse_attention(ThreadPool&, const SparseAttention&); \
+  void score_rows(ThreadPool&, const ScoreRows&);             \
+  void page_bounds(ThreadPool&, const PageBounds&);           \
+  void score_blocks(ThreadPool&, const ScoreBlocks&);         \
+  void top_rows(ThreadPool&, const TopRows&);                 \
+  void reuse(ThreadPool&, const Reuse&);                      \
+  void count_rows(ThreadPool&, const CountRows&);             \
+  void rope_shift(ThreadPool&, const RopeShift&);             \
   }
 PRT_DECLARE_ISA(baseline)
 PRT_DECLARE_ISA(avx2)

@@ -81,6 +81,10 @@ struct Attention {
   int64_t window;
   float scale;        // usually 1 / sqrt(d_head)
   Tensor scratch;     // [attention_scratch_bytes() / 4] f32
+  // attention_decode only, what the pass over the keys knows anyway:
+  Tensor scores{};     // out [n_entry][h_q][room] f32, room >= kv_len, or missing: scale q.k of every row
+  Tensor log_total{};  // out [n_entry][h_q] f32, with scores: log sum e^scores
+  Tensor state{};      // [n_entry] i32, or missing: an entry with -1 is left alone, its part of out too
 };
 void attention_prefill(const Backend&, const Attention&);  // any number of rows per entry
 void attention_decode(const Backend&, const Attention&);   // one row per entry; splits long contexts over the threads

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "attention/sparse.h"
+#include "attention/choice.h"
 #include "cuda/device.h"
 #include "ops/attention.h"
 #include "ops/contents.h"
@@ -137,8 +137,10 @@ void dispatch(Call& c) {
     c.expect(7, 2);
     c.run(rope_kv_write, {t[0], t[1], t[2], c.number(1), t[3], t[4], t[5], t[6], static_cast<int64_t>(c.params[0])});
   } else if (c.op == "attention_prefill" || c.op == "attention_decode") {
-    c.expect(7, 2);
+    const bool more = c.operands.size() > 7 && c.op == "attention_decode";
+    c.expect(more ? 10 : 7, 2);
     Attention a{t[0], t[1], t[2], t[3], t[4], t[5], t[6], static_cast<int64_t>(c.params[0]), c.number(1), {}};
+    if (more) a.scores = t[7], a.log_total = t[8], a.state = t[9];
     check_attention(c.backend, c.op.c_str(), a);
     const int64_t d = a.k_pages.shape[3];
     a.scratch = c.scratch(attention_scratch_bytes(c.backend, a.kv_len.shape[0], a.page_table.shape[1] * kPageTokens, a.q.shape[1] / d,
@@ -191,13 +193,42 @@ void dispatch(Call& c) {
                    static_cast<Estimator>(static_cast<int32_t>(c.params[3])),
                    c.scratch(select_scratch_bytes(c.backend, c.dim(6, 0), h_q, h_kv, max_pages, n_slot))});
   } else if (c.op == "sparse_attention") {
-    c.expect(10, 1);
+    c.expect(c.operands.size() > 10 ? 11 : 10, 1);
     const int64_t d = c.dim(2, 3), h_q = c.dim(1, 1) / std::max<int64_t>(1, d), h_kv = std::max<int64_t>(1, c.dim(2, 1)),
                   max_pages = c.dim(4, 1);
     check(d <= kMaxHead && c.dim(1, 0) <= 1 << 20 && h_q <= 1 << 10 && max_pages <= 1 << 20,
           "sparse_attention: the operands are too large");
-    c.run(sparse_attention, {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], c.number(0),
-                             c.scratch(sparse_attention_scratch_bytes(c.backend, c.dim(1, 0), max_pages, h_q, h_kv, d))});
+    c.run(sparse_attention,
+          {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], c.number(0),
+           c.scratch(sparse_attention_scratch_bytes(c.backend, c.dim(1, 0), max_pages, h_q, h_kv, d)), t.size() > 10 ? t[10] : Tensor{}});
+  } else if (c.op == "score_rows") {
+    c.expect(7, 1);
+    c.run(score_rows, {t[0], t[1], t[2], t[3], t[4], t[5], t[6], c.number(0)});
+  } else if (c.op == "page_bounds") {
+    c.expect(4, 0);
+    c.run(page_bounds, {t[0], t[1], t[2], t[3]});
+  } else if (c.op == "score_blocks") {
+    c.expect(7, 1);
+    c.run(score_blocks, {t[0], t[1], t[2], t[3], t[4], t[5], t[6], c.number(0)});
+  } else if (c.op == "top_rows") {
+    c.expect(8, 9);
+    const auto whole = [&](size_t i) { return static_cast<int64_t>(c.params[i]); };
+    const int64_t n_entry = c.dim(6, 0), h_kv = c.dim(0, 1), room = t[4] ? c.dim(4, 2) : 0;
+    check(n_entry <= 1 << 20 && h_kv <= 1 << 10 && room <= 1 << 24, "top_rows: the operands are too large");
+    c.run(top_rows,
+          {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], whole(0), whole(1), whole(2), c.number(3), c.number(4), whole(5), whole(6),
+           static_cast<Vote>(static_cast<int32_t>(c.params[7])), whole(8), c.scratch(top_rows_scratch_bytes(n_entry, h_kv, room))});
+  } else if (c.op == "reuse") {
+    c.expect(9, 3);
+    c.run(reuse, {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], static_cast<int64_t>(c.params[0]),
+                  static_cast<int64_t>(c.params[1]), c.number(2)});
+  } else if (c.op == "count_rows") {
+    c.expect(11, 5);
+    c.run(count_rows, {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10], static_cast<int64_t>(c.params[0]),
+                       static_cast<int64_t>(c.params[1]), static_cast<int64_t>(c.params[2]), c.number(3), c.number(4)});
+  } else if (c.op == "rope_shift") {
+    c.expect(3, 0);
+    c.run(rope_shift, {t[0], t[1], t[2]});
   } else if (c.op == "page_copy") {
     c.expect(4, 0);
     c.run(page_copy, {t[0], t[1], t[2], t[3]});

@@ -80,6 +80,7 @@ void Session::Inputs::lay_out(Arena arena, int64_t n_tok, int64_t n_entry, int64
   decode_q_begin = arena.take(DType::i32, n_entry + 1);
   kv_len = arena.take(DType::i32, n_entry);
   closed = arena.take(DType::i32, n_entry, 2);
+  state = arena.take(DType::i32, n_entry);
   head_bytes = arena.used();
   page_table = arena.take(DType::i32, n_entry, max_pages);
   lists = arena.take(DType::i32, list_bytes / 4);
@@ -230,6 +231,12 @@ bool Session::sparse_row(const prt_batch& b, int32_t entry) const {
   return policy_ && b.n_token[entry] == 1 && policy_->wants(pool.at(b.seq[entry]).length + 1);
 }
 
+// Whether the piece ends with a dense row after which the sequence may be decoded sparsely, and the policy wants to see it.
+bool Session::observed(const prt_batch& b, const Piece& p) const {
+  if (!policy_ || !policy_->observes() || p.sparse || p.offset + p.n != b.n_token[p.entry]) return false;
+  return policy_->wants(pool.at(b.seq[p.entry]).length + b.n_token[p.entry] + 1);
+}
+
 void Session::prepare_policy(const prt_batch& b) {
   if (!policy_) return;
   sparse_.clear();
@@ -246,6 +253,7 @@ Rows Session::fill_rows(const prt_batch& b) {
     in_ = slots_[slot_];
   }
   Rows rows;
+  in_.decode_q_begin.as<int32_t>()[0] = 0, in_.decode_q_begin.as<int32_t>()[1] = 1;  // Rows::dense wants them without decode rows, too
   int64_t row = 0, entry = 0;
   for (const Piece& p : pieces_) {
     const Sequence& s = pool.at(b.seq[p.entry]);
@@ -254,7 +262,10 @@ Rows Session::fill_rows(const prt_batch& b) {
     int32_t* begin = (decode ? in_.decode_q_begin : in_.q_begin).as<int32_t>() + part.n_entry + (p.sparse ? rows.decode.n_entry : 0);
     begin[0] = static_cast<int32_t>(decode ? row - rows.n_prefill_tok : row);
     begin[1] = begin[0] + p.n;
-    if (p.sparse) policy_->closed_pages(b.seq[p.entry], in_.closed.row<int32_t>(part.n_entry));
+    if (p.sparse) {
+      policy_->closed_pages(b.seq[p.entry], in_.closed.row<int32_t>(part.n_entry));
+      in_.state.as<int32_t>()[part.n_entry] = policy_->state(b.seq[p.entry]);
+    }
     in_.kv_len.as<int32_t>()[entry] = static_cast<int32_t>(s.length + p.offset + p.n);
     std::copy_n(s.pages.data(), pages_for(s.length + p.offset + p.n), in_.page_table.row<int32_t>(entry));
     for (int32_t i = 0; i < p.n; ++i, ++row) {
@@ -265,9 +276,13 @@ Rows Session::fill_rows(const prt_batch& b) {
           static_cast<int32_t>(s.pages[static_cast<size_t>(position / kPageTokens)] * kPageTokens + position % kPageTokens);
     }
     if (!decode) rows.n_prefill_tok = row;
+    if (observed(b, p)) rows.last.push_back({row - 1, entry});
     ++part.n_entry;
     ++entry;
   }
+  for (size_t i = 0; i < rows.last.size(); ++i)
+    in_.state.as<int32_t>()[rows.sparse.n_entry + static_cast<int64_t>(i)] =
+        policy_->state(b.seq[pieces_[static_cast<size_t>(rows.last[i].entry)].entry]);
   const Inputs& in = seen_by_ops_;
   rows.n_tok = row;
   rows.tokens = in.tokens.rows(0, row);
@@ -284,7 +299,9 @@ Rows Session::fill_rows(const prt_batch& b) {
   rows.sparse.q_begin = in.decode_q_begin.rows(0, rows.sparse.n_entry + 1);
   rows.sparse.kv_len = in.kv_len.rows(dense, rows.sparse.n_entry);
   rows.sparse.page_table = in.page_table.rows(dense, rows.sparse.n_entry);
-  rows.closed = in.closed.rows(0, rows.sparse.n_entry);
+  rows.policy = {in.closed.rows(0, rows.sparse.n_entry), in.state.rows(0, rows.sparse.n_entry)};
+  rows.dense = {dense, in.decode_q_begin.rows(0, 2), in.kv_len.rows(0, dense), in.page_table.rows(0, dense)};
+  rows.last_state = in.state.rows(rows.sparse.n_entry, static_cast<int64_t>(rows.last.size()));
   return rows;
 }
 
@@ -523,6 +540,8 @@ void Session::step(const prt_batch& b) {
   } catch (...) {
     if (on_cuda()) settle(cuda_->stream());  // nothing may be written to the caller's arrays once we have returned
     pool.rollback(growth_);
+    for (int32_t i = 0; policy_ && i < b.n_seq; ++i)  // what it has seen of a prompt will not have been
+      if (b.n_token[i] > 1) policy_->truncate(b.seq[i], 0);
     throw;
   }
   pool.commit(growth_);
@@ -542,35 +561,54 @@ void Session::set_attention(const prt_attention& attention) {
     policy_ = nullptr;
     return;
   }
+  const PolicyInfo& info = policy_info(attention.policy);
   if (c.sliding_window > 0)
-    fail(PRT_UNSUPPORTED, "attention 'tactic' cannot be combined with the model's sliding window of ", c.sliding_window,
+    fail(PRT_UNSUPPORTED, "attention '", info.name, "' cannot be combined with the model's sliding window of ", c.sliding_window,
          ": use attention 'full'");
+  if (on_cuda() && !info.on_cuda)
+    fail(PRT_UNSUPPORTED, "attention '", info.name, "' runs on the CPU only, the model is on cuda:", model_->device,
+         ": use attention 'tactic' or 'full', or device 'cpu'");
   check(attention.dense_layers <= c.n_layer, "attention: dense_layers is ", attention.dense_layers, ", the model has ", c.n_layer,
         " layers");
   const auto scope = device_scope();
   std::erase_if(graphs_, [](const auto& g) { return g.first.second > 0; });
   try {
-    if (tactic_) tactic_->configure(attention);
-    else tactic_ = std::make_unique<Tactic>(backend_, pool, kv_.k, kv_.v, c.h_q, config_.max_context, attention);
+    if (!last_policy_ || !last_policy_->configure(attention)) {
+      std::unique_ptr<Policy> made = info.make({backend_, pool, kv_.k, kv_.v, c.h_q, config_.max_context, rope_table_.inv_freq}, attention);
+      if (last_policy_) last_policy_->leave();
+      last_policy_ = std::move(made);
+    }
   } catch (...) {
-    if (tactic_ && !tactic_->usable()) {  // all rows are back in their order: dense attention is what is left
-      policy_ = nullptr;
-      tactic_.reset();
+    if (last_policy_ && !last_policy_->usable()) {  // all rows are back in their order: dense attention is what is left
+      policy_ = tactic_ = nullptr;
+      last_policy_.reset();
     }
     throw;
   }
-  policy_ = tactic_.get();
+  policy_ = last_policy_.get();
+  tactic_ = dynamic_cast<Tactic*>(policy_);
+}
+
+int64_t Session::fork(int64_t seq) {
+  const int64_t made = pool.fork(seq);
+  if (last_policy_) last_policy_->fork(seq, made);
+  return made;
 }
 
 void Session::truncate(int64_t seq, int64_t n_token) {
   const auto scope = device_scope();
-  if (tactic_) tactic_->truncate(seq, n_token);
+  if (last_policy_) last_policy_->truncate(seq, n_token);
   pool.truncate(seq, n_token);
+}
+
+void Session::free(int64_t seq) {
+  pool.free(seq);
+  if (last_policy_) last_policy_->free(seq);
 }
 
 AttentionCounters Session::attention_counters(int64_t layer, int64_t kv_head) const {
   const auto scope = device_scope();
-  return tactic_ ? tactic_->counters(layer, kv_head) : AttentionCounters{};
+  return last_policy_ ? last_policy_->counters(layer, kv_head) : AttentionCounters{};
 }
 
 prt_session_stats Session::stats() const {
@@ -586,11 +624,7 @@ prt_session_stats Session::stats() const {
   s.page_bytes = page_bytes(model_->config);
   s.workspace_bytes = workspace_.bytes();
   s.n_page_copy = pool.n_copy();
-  if (tactic_) {
-    s.index_bytes = tactic_->index_bytes();
-    s.n_clustered_token = tactic_->n_clustered();
-    s.cluster_seconds = tactic_->cluster_seconds();
-  }
+  if (last_policy_) last_policy_->add_stats(s);
   return s;
 }
 

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/registry.h"
 #include "attention/tactic.h"
 #include "cuda/device.h"
 #include "kv/page_pool.h"
@@ -32,7 +33,9 @@ class Session {
 
   void step(const prt_batch& batch);
   void set_attention(const prt_attention& attention);
+  int64_t fork(int64_t seq);
   void truncate(int64_t seq, int64_t n_token);
+  void free(int64_t seq);
   // See prt_sequence_export. `write` and `read` end either by an exception.
   void export_sequence(int64_t seq, const std::function<void(const void*, int64_t)>& write);
   int64_t import_sequence(const std::function<void(void*, int64_t)>& read);
@@ -64,6 +67,7 @@ class Session {
     Tensor sample_rows;            // [kLogitRows] SampleRow, as bytes
     Tensor tokens, positions, slots, q_begin, decode_q_begin, kv_len;
     Tensor closed;                 // [n_entry][2]: of the sparse entries, what the policy says of their pages
+    Tensor state;                  // [n_entry]: what it calls them; then, of the entries in Rows::last
     Tensor page_table;             // [n_entry][max_pages]
     Tensor lists;                  // on a GPU: the lists that the sample rows point to
     int64_t head_bytes = 0, bytes = 0;  // before page_table; in all
@@ -98,6 +102,7 @@ class Session {
   void send_inputs(const Rows& rows);
   void send_outputs();
   bool sparse_row(const prt_batch& batch, int32_t entry) const;
+  bool observed(const prt_batch& batch, const Piece& piece) const;
   void prepare_policy(const prt_batch& batch);
   void run_forward(const Rows& rows);
   void run_outputs(const prt_batch& batch);
@@ -117,8 +122,9 @@ class Session {
   int64_t max_pages_;  // of one sequence
   Buffer kv_buffer_, workspace_, pinned_;
   KvCache kv_;
-  std::unique_ptr<Tactic> tactic_;  // from the first time it is asked for: it knows the order of the rows
-  Policy* policy_ = nullptr;        // null: all rows are dense
+  std::unique_ptr<Policy> last_policy_;  // that was asked for; stays with full attention: it may know the order of the rows
+  Tactic* tactic_ = nullptr;             // last_policy_, if it is that one
+  Policy* policy_ = nullptr;             // last_policy_, or null: all rows are dense
   Rope rope_;
   Activations act_;
   Tensor out_x_, sample_scratch_;

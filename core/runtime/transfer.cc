@@ -184,7 +184,7 @@ int64_t Session::import_sequence(const std::function<void(void*, int64_t)>& read
     prt_attention written = PRT_ATTENTION_INIT;
     written.cluster = header.cluster, written.segment = header.segment, written.iterations = header.iterations;
     written.sinks = header.sinks, written.window = header.window, written.seed = header.seed;
-    if (policy_ && policy_ == tactic_.get() && tactic_->same_clusters(written) &&
+    if (policy_ && policy_ == tactic_ && tactic_->same_clusters(written) &&
         (segments.empty() || header.first_page == tactic_->first_page())) {
       tactic_->restore(seq, segments);
       if (!header.prompt_ended) pool.close_prompt(seq);

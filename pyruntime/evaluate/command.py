@@ -44,7 +44,16 @@ def _fidelity(arguments: argparse.Namespace, open_model: OpenModel, text: str, p
     with _sized(arguments, open_model, n_prompt + n_decode) as model:
         bar = Bar("decoded tokens", quiet=arguments.quiet)
         ids = model.tokenize(text)
-        return evaluate(model, ids, policies, n_prompt=n_prompt, n_decode=n_decode, true_mass=arguments.true_mass, progress=bar)
+        return evaluate(
+            model,
+            ids,
+            policies,
+            n_prompt=n_prompt,
+            n_decode=n_decode,
+            true_mass=arguments.true_mass,
+            densities=arguments.density,
+            progress=bar,
+        )
 
 
 def _answers(arguments: argparse.Namespace, open_model: OpenModel, text: str, policies: list[Attention]) -> Report:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..model import Model
 
 RESAMPLES = 2000
+NAMES_P = ("tactic", "tactic_recycled", "oracle")  # policies that choose until a share p of the mass is reached
 
 
 def label(model: Model) -> str:
@@ -38,7 +39,7 @@ def divergence(dense: FloatArray, sparse: FloatArray) -> Any:
 
 def measured(policy: Attention, on: bool) -> Attention:
     """The policy, which also computes the true mass if `on`."""
-    return Attention(policy.policy, {**policy.options, "measure": True}) if on and policy.policy != "full" else policy
+    return policy.with_options(measure=True) if on and policy.policy != "full" else policy
 
 
 def sparsity(session: Session, n_layer: int, h_kv: int) -> dict[str, Any]:
@@ -61,8 +62,14 @@ def summary(stats: dict[str, Any]) -> dict[str, Any]:
     result = {
         "density": density(stats),
         "read": (stats["n_selected"] + stats["n_exact"]) / stats["n_context"] if stats["n_context"] else 1.0,
-        "mass": stats["mass"] / stats["n_mass"] if stats["n_mass"] else 1.0,
     }
+    if stats["n_mass"]:
+        result["mass"] = stats["mass"] / stats["n_mass"]
+    if stats["n_choice"]:
+        result["full_steps"] = stats["n_full"] / stats["n_step"]
+        result["stride"] = stats["n_step"] / stats["n_choice"]
+    if stats["n_compared"]:
+        result["overlap"] = stats["n_overlap"] / stats["n_compared"]
     if stats["n_true"]:
         below = np.cumsum(stats["histogram"]) / stats["n_true"]
         result["true_mass"] = stats["true_mass"] / stats["n_true"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_FIDELITY = ("attention", "KL", "KL p90", "top-1", "dNLL", "density", "read", "mass", "true mass", "p10", "reach P", "tok/s")
+_FIDELITY = ("attention", "KL", "KL p90", "top-1", "dNLL", "density", "read", "true mass", "p10", "reach P", "stride", "overlap", "tok/s")
 _RETRIEVAL = ("task", "length", "attention", "right", "95 %", "lost", "gained", "KL", "density", "read", "true mass", "reach P")
 
 _AGREEMENT = ("attention", "density", "read", "KL", "same tokens", "edits", "tok/s")
@@ -16,8 +16,9 @@ def render(report: dict[str, Any]) -> str:
     rows = []
     for r in report["policies"]:
         cells = [r["attention"], f"{r['kl']:.4f}", f"{r['kl_p90']:.4f}", _share(r["top1"]), f"{r['nll_change']:+.4f}"]
-        cells += [_share(r.get(name)) for name in ("density", "read", "mass", "true_mass", "true_mass_p10", "reached")]
-        rows.append([*cells, f"{r['tok_s']:.1f}"])
+        cells += [_share(r.get(name)) for name in ("density", "read", "true_mass", "true_mass_p10", "reached")]
+        stride = f"{r['stride']:.1f}" if r.get("stride", 1) > 1 else ""
+        rows.append([*cells, stride, _share(r.get("overlap")), f"{r['tok_s']:.1f}"])
     head = (
         f"{report['model']}: {report['n_prompt']} prompt tokens (dense), then {report['n_decode']} decoded ones; "
         f"dense: NLL {report['dense_nll']:.4f}, {report['dense_tok_s']:.1f} tok/s"
