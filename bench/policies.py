@@ -101,7 +101,9 @@ def page(report: dict[str, Any]) -> str:
         "Neither counts what a method reads to choose: Tactic its index (about 5 % of the cache), Quest its bounds (6 %), TokenSelect and "
         "the oracles all keys whenever they choose. *stride*: steps for each choice. *overlap*: of the rows of a choice, those that the "
         "one before it had. *true mass* leaves full steps out.",
-        "## At the defaults of their authors",
+        "## At the defaults",
+        "Those of their authors, but for Tactic: its estimator `moment` and the tail are this project's ([ablation](../bench/results/"
+        "ablation.md) has it as published).",
         table(["policy", *HEAD], [[f"`{r['attention']}`", *cells(r)] for r in d["rows"] if r["attention"] not in MASS]),
         "## At equal density",
         "Sinks (16) and window (128) are the same for all, 1.8 % of the context. Quest, TokenSelect and `oracle` with a budget choose so "

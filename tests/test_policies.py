@@ -246,7 +246,7 @@ def test_rows_in_the_order_of_the_text_after_tactic(open_session: Open, request:
 
 
 def evicting(**options: Any) -> Attention:
-    return Attention("streaming", {"sinks": 4, "window": 128, "min_context": 200, "evict": True, **options})
+    return Attention("streaming", {"sinks": 4, "window": 128, "min_context": 190, "evict": True, **options})
 
 
 def test_eviction_goes_on_past_max_context_in_constant_memory(open_session: Open, request: pytest.FixtureRequest) -> None:
@@ -256,7 +256,7 @@ def test_eviction_goes_on_past_max_context_in_constant_memory(open_session: Open
     seq = filled(session, prompt(150))
     decode(session, seq, prompt(1500, 1))
     assert session.stats()["n_page_peak"] <= 6 and 128 + 64 <= session.length(seq) < 6 * 64
-    assert session.attention_stats()["n_step"] == (1500 - 49) * 2 * H_KV
+    assert session.attention_stats()["n_step"] == (1500 - 39) * 2 * H_KV
 
 
 def test_evicting_is_reading_the_rest_at_its_new_place(open_session: Open, request: pytest.FixtureRequest) -> None:
@@ -280,8 +280,10 @@ def test_evicting_is_reading_the_rest_at_its_new_place(open_session: Open, reque
 
 def test_eviction_wants_room(open_session: Open) -> None:
     session = open_session()
-    with pytest.raises((InvalidArgumentError, UnsupportedModelError), match=r"lets 8448 rows gather, max_context is 2048|on the CPU only"):
+    with pytest.raises((InvalidArgumentError, UnsupportedModelError), match=r"lets 8384 rows gather, max_context is 2048|on the CPU only"):
         session.set_attention(evicting(window=4096))
+    with pytest.raises((InvalidArgumentError, UnsupportedModelError), match=r"leaves 192 rows, min_context is 193|on the CPU only"):
+        session.set_attention(evicting(min_context=193))
 
 
 # ---------------------------------------------------------------- words and refusals

@@ -9,6 +9,9 @@ Streaming::Streaming(const PolicyContext& x, const prt_attention& c)
   const int64_t need = (first_page() + 2 * window_pages() + 2) * kPageTokens;
   check(!c.evict || need <= x.max_context, "attention 'streaming': evict with sinks ", c.sinks, " and window ", c.window, " lets ", need,
         " rows gather, max_context is ", x.max_context, ": choose a smaller window or a larger max_context");
+  const int64_t left = (first_page() + window_pages()) * kPageTokens;
+  check(!c.evict || c.min_context <= left, "attention 'streaming': evict leaves ", left, " rows, min_context is ", c.min_context,
+        ": tokens that see fewer would be dense again");
 }
 
 void Streaming::prepare(const int64_t* seq, int64_t n) {
