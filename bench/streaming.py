@@ -39,6 +39,8 @@ def main() -> int:
     parser.add_argument("--max-context", type=int, default=2048)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    commit = git.stdout.strip()
     with Model(arguments.model, device="cpu", max_context=arguments.max_context) as model:
         ids = model.tokenize(arguments.file.read_text(encoding="utf-8"))
         text = np.resize(np.asarray(ids, np.int32), arguments.tokens + 1)
@@ -51,25 +53,23 @@ def main() -> int:
             result = session.step([Entry(seq, text[i : i + 1])], targets=text[i + 1 : i + 2])
             assert result.target_logprobs is not None
             nll.append(-float(result.target_logprobs[0]))
-            if (i + 1) % (arguments.tokens // PARTS) == 0:
-                stats = session.stats()
-                pages.append(stats["n_page"] - stats["n_page_free"])
-                rss.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-                bar(i + 1, arguments.tokens)
-        seconds = time.perf_counter() - started
-        peak = session.stats()["n_page_peak"]
+            if (i + 1) % (arguments.tokens // PARTS) > 0:
+                continue
+            stats = session.stats()
+            pages.append(stats["n_page"] - stats["n_page_free"])
+            rss.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+            report = {
+                "command": shlex.join(["python", "bench/streaming.py", *sys.argv[1:]]), "commit": commit, "cpus": os.cpu_count(),
+                "attention": arguments.attention, "max_context": arguments.max_context, "text_tokens": len(ids), "tokens": i + 1,
+                "perplexity_by_part": [round(math.exp(part.mean()), 3) for part in np.array_split(np.array(nll), len(pages))],
+                "perplexity": round(math.exp(np.mean(nll)), 3), "pages": pages, "peak_pages": stats["n_page_peak"],
+                "peak_rss_mib": rss, "tok_s": round((i + 1) / (time.perf_counter() - started), 1),
+            }  # fmt: skip
+            if arguments.out:  # as far as it has come
+                arguments.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+            bar(i + 1, arguments.tokens)
         session.close()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    report = {
-        "command": shlex.join(["python", "bench/streaming.py", *sys.argv[1:]]), "commit": commit.stdout.strip(), "cpus": os.cpu_count(),
-        "attention": arguments.attention, "max_context": arguments.max_context, "tokens": arguments.tokens, "text_tokens": len(ids),
-        "perplexity_by_part": [round(math.exp(part.mean()), 3) for part in np.array_split(np.array(nll), PARTS)],
-        "perplexity": round(math.exp(np.mean(nll)), 3), "pages": pages, "peak_pages": peak, "peak_rss_mib": rss,
-        "tok_s": round(arguments.tokens / seconds, 1),
-    }  # fmt: skip
     print(json.dumps(report))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
     return 0
 
 
