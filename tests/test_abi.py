@@ -313,6 +313,7 @@ class Handles:
             "prt_sampler_sample": ([self.sampler, self.logits, 20, count, ctypes.c_float()], {4}),
             "prt_session_step": ([self.session, self.batch()], set()),
             "prt_session_set_attention": ([self.session, _abi.prt_attention(policy=_abi.PRT_ATTENTION_TACTIC)], set()),
+            "prt_attention_parse": ([b"recycled:k=64", _abi.prt_attention()], set()),
             "prt_attention_page_bytes": ([self.model, _abi.prt_attention(policy=_abi.PRT_ATTENTION_TACTIC), n64], set()),
             "prt_session_get_attention_stats": ([self.session, -1, -1, _abi.prt_attention_stats()], set()),
             "prt_session_get_stats": ([self.session, _abi.prt_session_stats()], set()),
