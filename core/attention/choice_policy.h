@@ -22,11 +22,10 @@ class ChoicePolicy : public Policy {
 
  protected:
   struct Needs {
-    const char* name;    // of the policy
-    int64_t k = 0;       // rows to choose where the configuration says nothing
-    float p = 0;         // or the share of the mass
-    int64_t unit = 1;    // rows that a score stands for; 0: there are no scores
-    int64_t w = 0;       // columns of the kept query; 0: choices are not kept
+    int64_t k = 0;     // rows to choose where the configuration says nothing
+    float p = 0;       // or the share of the mass
+    int64_t unit = 1;  // rows that a score stands for; 0: there are no scores
+    int64_t w = 0;     // columns of the kept query; 0: choices are not kept
   };
   ChoicePolicy(const PolicyContext& context, const prt_attention& config, const Needs& needs);
 

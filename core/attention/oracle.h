@@ -7,7 +7,7 @@ namespace prt {
 
 class Oracle : public ChoicePolicy {
  public:
-  Oracle(const PolicyContext& x, const prt_attention& c) : ChoicePolicy(x, c, {.name = "oracle", .p = c.p}) {}
+  Oracle(const PolicyContext& x, const prt_attention& c) : ChoicePolicy(x, c, {.p = c.p}) {}
 
  private:
   void attend(int64_t layer, const Attention& a, const PolicyRows&) override {

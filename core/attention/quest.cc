@@ -6,7 +6,7 @@ int64_t quest_page_bytes(const prt_attention&, int64_t n_layer, int64_t h_kv, in
   return 2 * n_layer * h_kv * (kPageTokens / kBlockRows) * d_head * dtype_size(kv);
 }
 
-Quest::Quest(const PolicyContext& x, const prt_attention& c) : ChoicePolicy(x, c, {.name = "quest", .k = 1024, .unit = kBlockRows}) {
+Quest::Quest(const PolicyContext& x, const prt_attention& c) : ChoicePolicy(x, c, {.k = 1024, .unit = kBlockRows}) {
   const int64_t bytes = n_page() * quest_page_bytes(c, n_layer(), h_kv(), d_head(), k_[0].dtype), free = host_memory_free();
   if (bytes > free)
     fail(PRT_OUT_OF_MEMORY, "attention 'quest' needs ", bytes >> 20, " MiB for the bounds of ", n_page(), " KV pages; ", free >> 20,

@@ -4,7 +4,7 @@ namespace prt {
 
 // A schedule by similarity has no stride of its own: without one a full step comes when the query asks for it.
 Recycled::Recycled(const PolicyContext& x, const prt_attention& c)
-    : ChoicePolicy(x, c, {.name = "recycled", .k = 4096, .w = x.k[0].shape[3]}),
+    : ChoicePolicy(x, c, {.k = 4096, .w = x.k[0].shape[3]}),
       stride_(c.stride > 0  ? c.stride
               : c.check > 0 ? 0
                             : 50),

@@ -4,8 +4,7 @@
 
 namespace prt {
 
-Streaming::Streaming(const PolicyContext& x, const prt_attention& c)
-    : ChoicePolicy(x, c, {.name = "streaming", .unit = 0}), inv_freq_(x.inv_freq) {
+Streaming::Streaming(const PolicyContext& x, const prt_attention& c) : ChoicePolicy(x, c, {.unit = 0}), inv_freq_(x.inv_freq) {
   const int64_t need = (first_page() + 2 * window_pages() + 2) * kPageTokens;
   check(!c.evict || need <= x.max_context, "attention 'streaming': evict with sinks ", c.sinks, " and window ", c.window, " lets ", need,
         " rows gather, max_context is ", x.max_context, ": choose a smaller window or a larger max_context");

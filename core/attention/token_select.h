@@ -8,8 +8,7 @@ namespace prt {
 class TokenSelect : public ChoicePolicy {
  public:
   TokenSelect(const PolicyContext& x, const prt_attention& c)
-      : ChoicePolicy(x, c, {.name = "token_select", .k = 2048, .w = x.h_q * x.k[0].shape[3]}),
-        threshold_(c.threshold > 0 ? c.threshold : 0.9f) {}
+      : ChoicePolicy(x, c, {.k = 2048, .w = x.h_q * x.k[0].shape[3]}), threshold_(c.threshold > 0 ? c.threshold : 0.9f) {}
 
  private:
   void attend(int64_t layer, const Attention& a, const PolicyRows& rows) override {

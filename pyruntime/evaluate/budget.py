@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from ..attention import Attention
 from ..errors import InvalidArgumentError
-from .metrics import NAMES_P
 
 COMMON = {"sinks": 16, "window": 128}
+BY_MASS = ("tactic", "tactic_recycled", "oracle")  # these choose until a share p of the mass is reached
 STRIDE = 50  # of Recycled Attention, as published
 ROUNDS = 5  # of the search for p
 
@@ -29,7 +29,7 @@ def at_density(policy: Attention, target: float, *, n_context: int, n_decode: in
         return policy
     if policy.policy == "streaming":
         return Attention(policy.policy, {**given, "window": COMMON["window"] + round(target * n_context)})
-    if policy.policy in NAMES_P and "k" not in given and "budget" not in given:
+    if policy.policy in BY_MASS and "k" not in given and "budget" not in given:
         return _search(Attention(policy.policy, given), target, measure)
     given = {name: value for name, value in given.items() if name != "k"}
     if policy.policy == "recycled":

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..model import Model
 
 RESAMPLES = 2000
-NAMES_P = ("tactic", "tactic_recycled", "oracle")  # policies that choose until a share p of the mass is reached
 
 
 def label(model: Model) -> str:
