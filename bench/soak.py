@@ -30,24 +30,7 @@ from typing import Any
 
 import openai
 
-WORDS = [
-    "time",
-    "light",
-    "water",
-    "stone",
-    "river",
-    "paper",
-    "garden",
-    "winter",
-    "engine",
-    "signal",
-    "number",
-    "letter",
-    "window",
-    "market",
-    "doctor",
-    "bridge",
-]
+WORDS = ["time", "light", "water", "stone", "river", "paper", "garden", "winter", "engine", "signal", "number", "letter"]
 N_QUESTIONS = 24
 
 
