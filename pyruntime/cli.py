@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--api-key", metavar="KEY", help="what clients must send; @FILE reads it from a file, where no other user sees it")
     server.add_argument("--name", metavar="NAME", help="what clients call the model (default: its own name)")
     server.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait to begin (default 256)")
+    server.add_argument("--prefix-cache", type=int, metavar="N", help="tokens kept for later prompts that begin alike (0: none)")
     server.add_argument("--max-body", type=int, default=8, metavar="MIB", help="size of a request (default 8)")
     server.add_argument("--grace", type=int, default=30, metavar="S", help="seconds for answers to end when stopped (default 30)")
     server.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="let web pages of this origin in (may be repeated)")
@@ -228,7 +229,7 @@ def _open(arguments: argparse.Namespace) -> Any:
 
     given = {} if arguments.command is _eval else {"attention": arguments.attention}
     if arguments.command is _serve:
-        given["max_queue"] = arguments.max_queue
+        given |= {"max_queue": arguments.max_queue, "prefix_cache": arguments.prefix_cache}
     model = Model(
         arguments.model,
         **given,
@@ -327,8 +328,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     if key and key.startswith("@"):
         key = _read_text(Path(key[1:])).strip()
     settings = Settings(arguments.name, key, arguments.host, arguments.max_body << 20, tuple(arguments.cors))
-    with _open(arguments) as model:
-        serve(model, settings, port=arguments.port, grace=arguments.grace, say=lambda line: print(line, file=sys.stderr, flush=True))
+    serve(
+        lambda: _open(arguments),
+        settings,
+        port=arguments.port,
+        grace=arguments.grace,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     return 0
 
 

@@ -251,10 +251,11 @@ def test_a_full_queue_refuses(tiny: pyruntime.Model) -> None:
         engine.submit(call)
     with pytest.raises(QueueFullError, match="3 calls are waiting for the model, as many as may: try again later"):
         engine.submit(calls[3])
-    engine.wait(calls[2])
+    calls[0].cancelled.set()  # nobody has swept it out yet; it will not begin, and takes nobody's place
     engine.submit(calls[3])
-    engine.wait(calls[3])
-    assert all(c.requests[0].finish_reason == "length" for c in calls)
+    for call in calls[1:]:
+        engine.wait(call)
+    assert [c.requests[0].finish_reason for c in calls] == [None, *["length"] * 3]
     engine.session.close()
 
 
@@ -392,8 +393,15 @@ def test_ctrl_c_ends_the_call_of_the_main_thread_only(folder: Path, delay: float
         process.wait()
 
 
-def test_sixty_four_streams_with_random_cancels(tiny: pyruntime.Model, alone: list[list[int]]) -> None:
+@pytest.mark.parametrize("attention", ["full", SPARSE])
+def test_sixty_four_streams_with_random_cancels(folder: Path, attention: str) -> None:
     """Streams that are read, cancelled, dropped or closed at random for some seconds; what was made is right, and no page is lost."""
+    with pyruntime.Model(folder, threads=1, attention=attention, prefix_cache=None if attention == "full" else 0) as model:
+        come_and_go(model, [model.generate(prompt(i), **options(i)).token_ids for i in range(24)])
+        assert (model.stats()["n_clustered_token"] > 0) == (attention != "full")
+
+
+def come_and_go(tiny: pyruntime.Model, alone: list[list[int]]) -> None:
     rng = random.Random(1)
     end = time.perf_counter() + 5
 

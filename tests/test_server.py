@@ -575,14 +575,18 @@ def test_command(folder: Path, tmp_path: Path) -> None:
 
 def test_command_refuses(folder: Path) -> None:
     def error(*arguments: str) -> str:
+        model = [] if arguments[0].startswith("/") else [str(folder)]
         done = subprocess.run(
-            [sys.executable, "-m", "pyruntime.cli", "serve", str(folder), "-q", *arguments], capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", "pyruntime.cli", "serve", *model, "-q", *arguments], capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 2 and "Traceback" not in done.stderr
         return done.stderr
 
     assert "API key" in error("--host", "0.0.0.0")
     assert "cannot listen" in error("--port", "99999")
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # said before the model is loaded
+        said = error("/no/such/model", "--port", str(taken.getsockname()[1]))
+        assert "already in use; another server may be running: choose another port" in said
     assert "--max-body" in error("--max-body", "0")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import signal
 import socket
@@ -33,17 +34,18 @@ __all__ = ["Server", "Settings", "asgi_app"]
 class Server:
     """Listens from the start, answers once run() is called. url: where.
 
-    grace: seconds that answers in progress have to end when the server is stopped.
+    port: a number, 0 for a free one, or what reserve() returned.  grace: seconds that answers in progress have to end when the server is
+    stopped.
     Raises InvalidArgumentError for an address that is not free, or that others can reach although there is no API key.
     """
 
-    def __init__(self, model: Model, settings: Settings, *, port: int = 8000, grace: int = 30) -> None:
-        key = settings.api_key
-        if key is not None and (not key or not key.isascii() or not key.isprintable() or key != key.strip()):
-            raise InvalidArgumentError("the API key must be ASCII characters that can be printed, at least one, with no space around")
-        if key is None and not is_loopback(settings.host):
-            raise InvalidArgumentError(f"{settings.host} can be reached from other machines: give an API key, or listen on 127.0.0.1")
-        self._socket = _listen(settings.host, port)
+    def __init__(self, model: Model, settings: Settings, *, port: int | socket.socket = 8000, grace: int = 30) -> None:
+        self._socket = port if isinstance(port, socket.socket) else reserve(settings, port)
+        try:
+            self._socket.listen(2048)
+        except OSError as error:
+            self._socket.close()
+            raise _cannot_listen(settings.host, self._socket.getsockname()[1], error) from None
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
         self.api = Api(model, settings, lambda: bool(self._uvicorn.should_exit))
@@ -113,7 +115,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def reserve(settings: Settings, port: int) -> socket.socket:
+    """Takes the address, so that what is wrong with it is said before a model is loaded. Raises what Server does."""
+    key, host = settings.api_key, settings.host
+    if key is not None and (not key or not key.isascii() or not key.isprintable() or key != key.strip()):
+        raise InvalidArgumentError("the API key must be ASCII characters that can be printed, at least one, with no space around")
+    if key is None and not is_loopback(host):
+        raise InvalidArgumentError(f"{host} can be reached from other machines: give an API key, or listen on 127.0.0.1")
     made: socket.socket | None = None
     try:
         if not 0 <= port <= 65535:
@@ -122,16 +130,25 @@ def _listen(host: str, port: int) -> socket.socket:
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
-        made.listen(2048)
     except (OSError, OverflowError, UnicodeError) as error:
         if made:
             made.close()
-        raise InvalidArgumentError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}") from None
+        raise _cannot_listen(host, port, error) from None
     return made
 
 
-def serve(model: Model, settings: Settings, *, port: int, grace: int, say: Callable[[str], None]) -> None:
-    """For the command."""
-    server = Server(model, settings, port=port, grace=grace)
-    say(f"{server.api.name} is served at {server.url} (chat: {server.url}/, API: {server.url}/v1); Ctrl-C stops")
-    server.run()
+def _cannot_listen(host: str, port: int, error: Exception) -> InvalidArgumentError:
+    advice = (
+        "; another server may be running: choose another port, or 0 for a free one"
+        if getattr(error, "errno", 0) == errno.EADDRINUSE
+        else ""
+    )
+    return InvalidArgumentError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}{advice}")
+
+
+def serve(open_model: Callable[[], Model], settings: Settings, *, port: int, grace: int, say: Callable[[str], None]) -> None:
+    """For the command. open_model: takes seconds, and is called when nothing is wrong with the address."""
+    with reserve(settings, port) as address, open_model() as model:
+        server = Server(model, settings, port=address, grace=grace)
+        say(f"{server.api.name} is served at {server.url} (chat: {server.url}/, API: {server.url}/v1); Ctrl-C stops")
+        server.run()

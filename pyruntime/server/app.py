@@ -281,5 +281,5 @@ def _page() -> tuple[bytes, str]:
         assert found is not None
         return f"'sha256-{b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
 
-    policy = f"default-src 'none'; connect-src 'self'; script-src {source('script')}; style-src {source('style')}"
+    policy = f"default-src 'none'; img-src data:; connect-src 'self'; script-src {source('script')}; style-src {source('style')}"
     return page.encode(), f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
