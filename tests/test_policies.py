@@ -55,6 +55,12 @@ def policy(request: pytest.FixtureRequest) -> str:
     return _here(request)
 
 
+@pytest.fixture
+def on_cpu(request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params["weights"][0] == GPU:
+        pytest.skip("its policies run on the CPU only")
+
+
 def _here(request: pytest.FixtureRequest) -> str:
     device = request.node.callspec.params["weights"][0]
     if device == GPU and request.param not in ON_CUDA:
@@ -77,6 +83,7 @@ def test_bit_equal_below_min_context_and_within_rounding_with_everything(open_se
     assert stats["n_step"] == 51 * 2 * H_KV and stats["n_selected"] + stats["n_exact"] == stats["n_context"]
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_recycled_with_stride_1_is_dense(open_session: Open) -> None:
     dense, sparse = open_session(), open_session(little("recycled").with_options(stride=1))
     ids, tail = prompt(400), prompt(10, 1)
@@ -195,6 +202,7 @@ def test_truncated_and_read_again(open_session: Open, case: str) -> None:
         assert np.array_equal(got, want)
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_prompt_that_was_stopped_leaves_nothing(open_session: Open) -> None:
     session = open_session(little("recycled"), max_batch_tokens=64)
     seq = filled(session, prompt(500))
@@ -230,10 +238,9 @@ def test_policies_change_between_steps(open_session: Open, request: pytest.Fixtu
     assert_same_within_rounding(step(session, seq, ids), step(dense, other, ids))
 
 
-def test_rows_in_the_order_of_the_text_after_tactic(open_session: Open, request: pytest.FixtureRequest) -> None:
+@pytest.mark.usefixtures("on_cpu")
+def test_rows_in_the_order_of_the_text_after_tactic(open_session: Open) -> None:
     """Tactic stores a segment cluster after cluster; whoever comes after it finds the rows where they were."""
-    if request.node.callspec.params["weights"][0] == GPU:
-        pytest.skip("streaming runs on the CPU only")
     first, second = open_session(little("tactic")), open_session(little("streaming"))
     ids = prompt(700)
     a, b = filled(first, ids), filled(second, ids)
@@ -249,9 +256,8 @@ def evicting(**options: Any) -> Attention:
     return Attention("streaming", {"sinks": 4, "window": 128, "min_context": 190, "evict": True, **options})
 
 
-def test_eviction_goes_on_past_max_context_in_constant_memory(open_session: Open, request: pytest.FixtureRequest) -> None:
-    if request.node.callspec.params["weights"][0] == GPU:
-        pytest.skip("streaming runs on the CPU only")
+@pytest.mark.usefixtures("on_cpu")
+def test_eviction_goes_on_past_max_context_in_constant_memory(open_session: Open) -> None:
     session = open_session(evicting(), max_context=512, n_page=8)
     seq = filled(session, prompt(150))
     decode(session, seq, prompt(1500, 1))
@@ -259,11 +265,10 @@ def test_eviction_goes_on_past_max_context_in_constant_memory(open_session: Open
     assert session.attention_stats()["n_step"] == (1500 - 39) * 2 * H_KV
 
 
-def test_evicting_is_reading_the_rest_at_its_new_place(open_session: Open, request: pytest.FixtureRequest) -> None:
+@pytest.mark.usefixtures("on_cpu")
+def test_evicting_is_reading_the_rest_at_its_new_place(open_session: Open) -> None:
     """The same rows are attended to, the window's at the same distances; only the sinks are nearer, by what is gone. Rope's theta is 1e6
     here, so that their scores hardly move."""
-    if request.node.callspec.params["weights"][0] == GPU:
-        pytest.skip("streaming runs on the CPU only")
     ids, tail = prompt(64 * 7 + 1), prompt(20, 1)
     kept, evicted = open_session(evicting(evict=False)), open_session(evicting())
     a, b = filled(kept, ids), filled(evicted, ids)
