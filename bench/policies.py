@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, PAGE = ROOT / "bench" / "results" / "policies.json", ROOT / "docs" / "results.md"
+ENDLESS = ROOT / "bench" / "results" / "streaming.json"  # of bench/streaming.py
 
 DEFAULTS = (
     "tactic", "recycled", "recycled:stride=10,k=2048", "recycled:check=10", "tactic_recycled", "tactic_recycled:threshold=0.8",
@@ -85,7 +86,20 @@ def cells(r: dict[str, Any]) -> list[str]:
 HEAD = ["density", "read", "KL", "top-1", "dNLL", "true mass", "stride", "overlap"]
 
 
-def page(report: dict[str, Any]) -> str:
+def endless(r: dict[str, Any]) -> list[str]:
+    """StreamingLLM with eviction."""
+    parts = [[str(round((i + 1) * r["tokens"] / len(r["pages"]))), f"{p:.1f}", str(n), str(mib)]
+             for i, (p, n, mib) in enumerate(zip(r["perplexity_by_part"], r["pages"], r["peak_rss_mib"], strict=True))]  # fmt: skip
+    return [
+        "## StreamingLLM with eviction: no end",
+        f"`{r['command']}`: {r['tokens']} tokens of the text, which starts over after {r['text_tokens']}, read one by "
+        f"one under `{r['attention']}` in a session of {r['max_context']} tokens, at most {r['peak_pages']} pages of 64. The file begins "
+        "with tables, which are easily foretold.",
+        table(["up to token", "perplexity of this part", "pages in use", "peak memory, MiB"], parts),
+    ]
+
+
+def page(report: dict[str, Any], streaming: dict[str, Any] | None) -> str:
     """The results page."""
     d, equal = report["defaults"], report["equal"]
     mass = [r for r in d["rows"] if r["attention"] in (*MASS, "streaming")]
@@ -121,6 +135,7 @@ def page(report: dict[str, Any]) -> str:
         table(["policy", "read", "true mass", "p10", "KL"], [
             [f"`{r['attention']}`", share(r["read"]), share(r["true_mass"]), share(r["true_mass_p10"]), f"{r['kl']:.4f}"] for r in mass
         ]),
+        *(endless(streaming) if streaming else []),
         "## Larger models, longer contexts",
         "The same page for another model, and questions whose answers lie in the context:",
         "```sh\n# not run by the tests: the weights are large\n"
@@ -147,7 +162,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.do == "run":
         run(arguments)
-    arguments.page.write_text(page(json.loads(arguments.out.read_text(encoding="utf-8"))), encoding="utf-8")
+    streaming = json.loads(ENDLESS.read_text(encoding="utf-8")) if arguments.out == OUT else None
+    arguments.page.write_text(page(json.loads(arguments.out.read_text(encoding="utf-8")), streaming), encoding="utf-8")
     return 0
 
 
