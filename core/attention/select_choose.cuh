@@ -8,7 +8,7 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kBins = 2048, kList = 512, kParts = 512;
 constexpr int kPartRows = 8;  // a warp counts two parts at once
 
-struct ChooseShared {
+struct alignas(16) ChooseShared {
   float2 open;                      // of a query head: mass of the rows outside the index
   uint64_t order[kExact + 1];       // the first clusters of the ranking, those that are counted, and the one behind them
   int first[kExact + 1], rows[kExact + 1];
@@ -17,7 +17,7 @@ struct ChooseShared {
   float2 mass[kParts];              // of each part: (top, total)
   uint64_t list[kList];
   uint32_t weight[kList];
-  union {
+  union alignas(16) {
     uint32_t histogram[kBins];
     int chosen[kBins];
   };
@@ -30,31 +30,6 @@ struct ChooseShared {
   float share, want;  // want: what is missing behind the counted ones, in rows or as a share of all that is there
   float weighs;             // log2 of what the clusters behind are worth, against what is taken without them
 };
-
-// A generic address of this block's shared memory, in another block of the cluster.
-template <class X>
-__device__ __forceinline__ X* in_block(X* p, int rank) {
-#ifdef PRT_SM90
-  asm("mapa.u64 %0, %0, %1;" : "+l"(p) : "r"(rank));
-#endif
-  return p;
-}
-// One thread's fence covers what the block wrote before the block's barrier: a fence of every thread takes several times as long.
-__device__ __forceinline__ void block_arrive() {
-  __syncthreads();
-#ifdef PRT_SM90
-  if (threadIdx.x == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void block_wait() {
-#ifdef PRT_SM90
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __syncthreads();
-#endif
-}
 
 __device__ __forceinline__ int scan_warp(int x) {  // inclusive
 #pragma unroll
@@ -92,38 +67,46 @@ struct Chooser {
   const int rank = blockIdx.x, blocks = gridDim.x, kv_head = blockIdx.y, entry = blockIdx.z, tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const Entry e;
   ChooseShared& s;
-  uint32_t* chosen;  // bitmap of the union; the first block's counts
-  int32_t *table, *begin;
-  const bool in_shared;
+  uint32_t* chosen;      // bitmap of the union; the first block's counts
+  const int32_t* pages;  // of the entry
+  int32_t* begin;        // first rows of the clusters; one more ends the last
+  int32_t* key;          // room for a query head's keys
+  const bool in_shared;  // these three, or else in device memory
 
   __device__ Chooser(const SelectArgs& args, uint4* shared)
-      : a(args), e(args, blockIdx.z), s(*reinterpret_cast<ChooseShared*>(shared)), in_shared(e.n_cluster < args.capacity) {
+      : a(args), e(args, blockIdx.z), s(*reinterpret_cast<ChooseShared*>(shared)), in_shared(a.in_shared) {
     chosen = reinterpret_cast<uint32_t*>(&s + 1);
-    table = reinterpret_cast<int32_t*>(chosen + a.room / 32 + 1);
-    begin = table + a.n_table;
+    int32_t* room = reinterpret_cast<int32_t*>(chosen + bitmap_words(a));
+    pages = in_shared ? room : a.page_table + entry * a.table_stride;
+    begin = in_shared ? room + a.n_table : a.begin + (int64_t{entry} * a.h_kv + kv_head) * (a.room + kTile);
+    key = in_shared ? begin + a.room + kTile : nullptr;
   }
-  static int64_t smem(const SelectArgs& a) { return sizeof(ChooseShared) + 4 * (a.room / 32 + 1 + int64_t{a.n_table} + a.capacity); }
+  __host__ __device__ static int bitmap_words(const SelectArgs& a) { return (a.room / 32 + 4) / 4 * 4; }
+  static int64_t smem(const SelectArgs& a) {
+    return sizeof(ChooseShared) + 4 * (bitmap_words(a) + (a.in_shared ? a.n_table + 2 * (a.room + kTile) : int64_t{0}));
+  }
 
-  // Before anything that a kernel wrote is read: page numbers and the first rows of all clusters.
-  __device__ void prepare() const {
-    const int32_t* pages = a.page_table + entry * a.table_stride;
-    for (int i = tid; i < min(a.n_table, (e.len + kPage - 1) / kPage); i += kThreads) table[i] = pages[i];
-    for (int i = tid; i < (e.n_cluster + 31) / 32; i += kThreads) chosen[i] = 0;
+  // Page numbers and the first rows of all clusters. In shared memory: before anything that a kernel wrote is read.
+  __device__ void prepare(bool waited) const {
+    const int32_t* table = a.page_table + entry * a.table_stride;
+    if (!waited)
+      for (int i = tid; i < (e.n_cluster + 31) / 32; i += kThreads) chosen[i] = 0;
+    if (waited == in_shared) return;
     if (in_shared)
-      for (int j = tid; j <= e.n_cluster; j += kThreads) begin[j] = j < e.n_cluster ? first_of(j) : e.end_page * kPage;
+      for (int i = tid; i < (e.len + kPage - 1) / kPage; i += kThreads) const_cast<int32_t*>(pages)[i] = table[i];
+#pragma unroll 4
+    for (int j = tid; j < e.n_cluster; j += kThreads) {
+      const int at = a.page_of_cluster(j), page = e.first_page + at;
+      begin[j] = a.range[(int64_t{table[page]} * a.h_kv + kv_head) * a.n_slot + (j - at * a.n_slot)].x + page * kPage;
+    }
+    if (tid == 0) begin[e.n_cluster] = e.end_page * kPage;
   }
-  __device__ int first_of(int j) const {
-    const int page = e.first_page + a.page_of_cluster(j), slot = j - a.page_of_cluster(j) * a.n_slot;
-    const int64_t at = (int64_t{a.page_table[entry * a.table_stride + page]} * a.h_kv + kv_head) * a.n_slot + slot;
-    return a.range[at].x + page * kPage;
-  }
-  __device__ int first(int j) const { return in_shared ? begin[j] : j < e.n_cluster ? first_of(j) : e.end_page * kPage; }
-  __device__ int rows(int j) const { return first(j + 1) - first(j); }
+  __device__ int first(int j) const { return begin[j]; }
+  __device__ int rows(int j) const { return begin[j + 1] - begin[j]; }
   __device__ const T* key_row(int r) const {
-    const int page = r / kPage < a.n_table ? table[r / kPage] : a.page_table[entry * a.table_stride + r / kPage];
-    return static_cast<const T*>(a.k) + ((int64_t{page} * a.h_kv + kv_head) * kPage + r % kPage) * a.d;
+    return static_cast<const T*>(a.k) + ((int64_t{pages[r / kPage]} * a.h_kv + kv_head) * kPage + r % kPage) * a.d;
   }
-  __device__ const int32_t* keys(int head) const { return a.keys + a.head(entry, kv_head, head) * a.room; }
+  __device__ const int32_t* keys_of(int head) const { return a.keys + a.head(entry, kv_head, head) * a.room; }
   __device__ void add(int64_t AttentionCounters::* field, int64_t x) const {
     atomicAdd(reinterpret_cast<unsigned long long*>(&(reinterpret_cast<AttentionCounters*>(a.counters)[kv_head].*field)),
               static_cast<unsigned long long>(x));

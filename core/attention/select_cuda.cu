@@ -15,16 +15,18 @@ namespace selecting {
 namespace {
 
 template <class T, int D, bool kFit>
-__global__ void __launch_bounds__(kThreads, 1) choose_kernel(const __grid_constant__ SelectArgs a) {
+__global__ void __launch_bounds__(kThreads, kFit ? 1 : 2) choose_kernel(const __grid_constant__ SelectArgs a) {
   using Choice = std::conditional_t<kFit, Fit<T>, Moment<T, D>>;
   extern __shared__ uint4 shared[];
   Choice x(a, shared);
-  x.prepare();
-  block_arrive();
+  x.prepare(false);
+  cluster_arrive_block();
   pdl_wait();
   pdl_launch();
-  block_wait();  // all blocks are there and have set up their memory
-  const int group = 1 << (32 - __clz(a.group - 1)), n_block = !kFit && a.searched ? max(x.blocks / group, 1) : 1;
+  x.prepare(true);
+  cluster_wait_block();  // all blocks are there and have set up their memory
+  __syncthreads();
+  const int group = 1 << (32 - __clz(a.group - 1)), n_block = !kFit && a.searched && x.e.n_cluster > 0 ? max(x.blocks / group, 1) : 1;
 #pragma unroll 1
   for (int head = x.rank / n_block; head < a.group; head += x.blocks / n_block) {
     if (x.e.n_cluster == 0 || !a.searched) x.take_all(head);
@@ -32,10 +34,10 @@ __global__ void __launch_bounds__(kThreads, 1) choose_kernel(const __grid_consta
     else x.choose(head, x.rank % n_block, n_block);
     __syncthreads();
   }
-  if (n_block > 1 && x.rank / n_block >= a.group && x.e.n_cluster > 0) block_arrive(), block_wait();  // with the others, who count
-  block_arrive();
+  if (n_block > 1 && x.rank / n_block >= a.group) cluster_arrive_block(), cluster_wait_block();  // with the others, who count
+  cluster_arrive_block();
   if (x.rank != 0) return;
-  block_wait();
+  cluster_wait_block();
   write_ranges(x);
 }
 
@@ -60,12 +62,9 @@ void run(const CudaStream& stream, SelectArgs a) {
   // As many blocks as the SMs take at once.
   int blocks = stream.arch >= 90 ? 8 : 1;
   while (blocks > 1 && int64_t{a.h_kv} * a.n_entry * blocks > 2 * stream.n_sm) blocks /= 2;
-  a.n_table = std::min(a.n_table, 8192);
-  a.capacity = 0;
-  const int64_t left = stream.smem_per_block - Chooser<T, D>::smem(a);
-  check(left >= 0, "select: ", a.room, " clusters do not fit into shared memory");
-  a.capacity = static_cast<int32_t>(std::min<int64_t>(a.room + 4, left / 4 / 4 * 4));
-  if (a.capacity < a.room + 4) a.capacity = 0;
+  a.in_shared = true;
+  a.in_shared = Chooser<T, D>::smem(a) <= stream.smem_per_block;
+  check(Chooser<T, D>::smem(a) <= stream.smem_per_block, "select: ", a.room, " clusters do not fit into shared memory");
   launch_clusters(stream, choose_kernel<T, D, kFit>, dim3(static_cast<uint32_t>(blocks), static_cast<uint32_t>(a.h_kv), static_cast<uint32_t>(a.n_entry)),
                   dim3(kThreads), Chooser<T, D>::smem(a), blocks, a);
   if (a.true_mass)
@@ -79,7 +78,8 @@ int64_t room_of(int64_t max_pages, int64_t n_slot) { return (max_pages * n_slot 
 }  // namespace selecting
 
 int64_t select_scratch_bytes(const CudaStream& stream, int64_t n_entry, int64_t h_q, int64_t h_kv, int64_t max_pages, int64_t n_slot) {
-  return n_entry * h_q * (16 * selecting::room_of(max_pages, n_slot) + 8 * selecting::units(stream, h_kv));
+  const int64_t room = selecting::room_of(max_pages, n_slot);
+  return n_entry * (h_q * (16 * room + 8 * selecting::units(stream, h_kv)) + 4 * h_kv * (room + selecting::kTile));
 }
 
 void select(const CudaStream& stream, const Select& x) {
@@ -105,9 +105,10 @@ void select(const CudaStream& stream, const Select& x) {
   a.d = static_cast<int32_t>(d), a.n_slot = static_cast<int32_t>(n_slot);
   a.per_slot = static_cast<uint32_t>((int64_t{1} << 31) / n_slot + 1);
   a.room = static_cast<int32_t>(room_of(max_pages, n_slot)), a.n_unit = static_cast<int32_t>(units(stream, h_kv));
-  a.n_table = static_cast<int32_t>(max_pages);
+  a.n_table = static_cast<int32_t>((max_pages + 3) / 4 * 4);
   a.sorted = x.scratch.as<uint64_t>(), a.open = reinterpret_cast<float2*>(a.sorted + n * a.room);
   a.keys = reinterpret_cast<int32_t*>(a.open + n * a.n_unit), a.sorted_mass = reinterpret_cast<float*>(a.keys + n * a.room);
+  a.begin = reinterpret_cast<int32_t*>(a.sorted_mass + n * a.room);
   a.scale = x.scale, a.p = x.p, a.fraction = x.fraction;
   a.log_odds = x.p < 1 ? static_cast<float>(std::log2(x.p / (1 - static_cast<double>(x.p)))) : INFINITY;
   a.fit = x.estimator == Estimator::fit, a.searched = x.p < 1 || x.fraction > 0;

@@ -41,16 +41,16 @@ struct SelectArgs {
   float2* open;        // [n_entry][h_q][n_unit]: mass of the rows outside the index, (top, total)
   int32_t* keys;       // [n_entry][h_q][room]
   float* sorted_mass;  // [n_entry][h_q][room]
+  int32_t* begin;      // [n_entry][h_kv][room + 16]: first rows of clusters, if they do not fit into shared memory
   int64_t q_stride, table_stride, closed_stride, ranges_stride, n_range_stride, tail_stride, tail_row, mass_stride, true_stride, max_range;
   int32_t n_entry, h_kv, group, d, n_slot;
   int32_t room;       // clusters that an entry may have, rounded up to a tile
   int32_t n_unit;     // warps of a kv head in the first launch
-  int32_t n_table;    // pages whose numbers the second one keeps in shared memory
-  int32_t capacity;   // clusters whose first rows it keeps there
+  int32_t n_table;    // pages, rounded up to 4
   uint32_t per_slot;  // 2^31 / n_slot, and 1
   float scale, p, fraction;
   float log_odds;  // log2(p / (1 - p))
-  bool fit, searched;
+  bool fit, searched, in_shared;  // in_shared: page numbers, first rows and keys fit into a block's shared memory
 
   __device__ int64_t head(int entry, int kv_head, int head) const { return (int64_t{entry} * h_kv + kv_head) * group + head; }
   template <class T>

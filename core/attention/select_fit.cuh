@@ -66,7 +66,7 @@ struct Fit : Chooser<T, 0> {
   __device__ void choose(int head) {
     const int64_t at_head = a.head(this->entry, this->kv_head, head) * a.room;
     list = a.sorted + at_head, mass = a.sorted_mass + at_head;
-    sort(this->keys(head));
+    sort(this->keys_of(head));
     if (warp == 0) {
       const Mass open = this->open_mass(head);
       if (lane == 0) s.open = {open.top, open.total};

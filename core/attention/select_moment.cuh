@@ -14,26 +14,16 @@ template <class T, int D>
 struct Moment : Chooser<T, D> {
   using Base = Chooser<T, D>;
   using Base::a, Base::e, Base::s, Base::tid, Base::warp, Base::lane;
-  static constexpr int kHeld = 4;  // keys in registers, times 4; the rest is read again
-  int4 held[kHeld];
-  const int32_t* key;
+  enum class Weight { one, rows, estimate };
+  const int32_t* keys;  // of the query head; behind the end kEmpty
 
   __device__ Moment(const SelectArgs& args, uint4* shared) : Base(args, shared) {}
 
-  __device__ int4 load_keys(int j) const { return *reinterpret_cast<const int4*>(key + j); }
-  // f(j, keys of clusters j .. j + 3), of all that there are, whole warps at a time; keys behind the end are kEmpty.
+  // f(j, keys of clusters j .. j + 3), of all that there are.
   template <class F>
   __device__ void each_keys(F&& f) const {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int j = 4 * (tid + i * kThreads);
-      if (j - 4 * lane < e.n_cluster) f(j, held[i]);
-    }
 #pragma unroll 1
-    for (int j = 4 * (tid + kHeld * kThreads); j - 4 * lane < e.n_cluster; j += 4 * kThreads) {
-      const int4 none{kEmpty, kEmpty, kEmpty, kEmpty};
-      f(j, j < e.n_cluster ? load_keys(j) : none);
-    }
+    for (int j = 4 * tid; j < e.n_cluster; j += 4 * kThreads) f(j, *reinterpret_cast<const int4*>(keys + j));
   }
   template <class F>
   __device__ void each_key(F&& f) const {  // f(j, key) of clusters that have rows
@@ -45,20 +35,17 @@ struct Moment : Chooser<T, D> {
     });
   }
 
-  __device__ void hold_keys(int head) {
-    key = this->keys(head);
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int j = 4 * (tid + i * kThreads);
-      held[i] = j < e.n_cluster ? load_keys(j) : int4{kEmpty, kEmpty, kEmpty, kEmpty};
-    }
-  }
-
   // ---- rank
   __device__ void rank_clusters(int head) {
-    hold_keys(head);
+    keys = this->keys_of(head);
     int nearest = kEmpty;
-    each_keys([&](int, int4 k) { nearest = max(max(max(nearest, k.x), max(k.y, k.z)), k.w); });
+#pragma unroll 4
+    for (int j = 4 * tid; j < e.n_cluster; j += 4 * kThreads) {
+      const int4 k = *reinterpret_cast<const int4*>(keys + j);
+      nearest = max(max(max(nearest, k.x), max(k.y, k.z)), k.w);
+      if (this->in_shared) *reinterpret_cast<int4*>(this->key + j) = k;
+    }
+    if (this->in_shared) keys = this->key;
     const int most = __reduce_max_sync(kWarp, nearest);
     if (lane == 0) s.top[warp] = most;
     if (tid == 0) s.n_list = 0;
@@ -94,12 +81,12 @@ struct Moment : Chooser<T, D> {
       const int at = atomicAdd(&s.n_list, 1);
       if (at < kList) s.list[at] = order_of(k, j);
     };
-    if (nearest >= least) each_key_of_thread(put);
+    if (nearest >= least) each_key(put);
     __syncthreads();
     int n = s.n_list;
     if (n > kList) {  // many of the same rank
       __syncthreads();
-      const uint64_t end = find_cut(order_of(high, 0), kExact + 1, [](int, uint64_t) { return 1u; });
+      const uint64_t end = find_cut(*this, order_of(high, 0), kExact + 1, Weight::one);
       if (tid == 0) s.n_list = 0;
       __syncthreads();
       each_key([&](int j, int k) {
@@ -123,19 +110,6 @@ struct Moment : Chooser<T, D> {
     }
     for (int i = n + tid; i <= kExact; i += kThreads) s.order[i] = kAll, s.rows[i] = 0;
     __syncthreads();
-  }
-  template <class F>
-  __device__ void each_key_of_thread(F&& f) const {  // as each_key, but threads go alone
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int j = 4 * (tid + i * kThreads);
-      f(j, held[i].x), f(j + 1, held[i].y), f(j + 2, held[i].z), f(j + 3, held[i].w);
-    }
-#pragma unroll 1
-    for (int j = 4 * (tid + kHeld * kThreads); j < e.n_cluster; j += 4 * kThreads) {
-      const int4 k = load_keys(j);
-      f(j, k.x), f(j + 1, k.y), f(j + 2, k.z), f(j + 3, k.w);
-    }
   }
   __device__ int n_exact() const {
     const uint32_t low = __ballot_sync(kWarp, s.order[lane] != kAll), high = __ballot_sync(kWarp, s.order[32 + lane] != kAll);
@@ -271,8 +245,14 @@ struct Moment : Chooser<T, D> {
   }
 
   // ---- the shortest stretch of the ranking from `from` on whose weights reach `want`: -> its end, or kAll
-  template <class W>
-  __device__ uint64_t find_cut(uint64_t from, uint64_t want, W&& weight) const {
+  __device__ uint32_t weight(int j, uint64_t order, Weight kind, float unit) const {
+    if (kind == Weight::one) return 1;
+    const int n = this->rows(j);
+    return kind == Weight::rows ? static_cast<uint32_t>(n) : __float2uint_rn(estimate(order, n) * unit);
+  }
+  __device__ static __noinline__ uint64_t find_cut(Moment x, uint64_t from, uint64_t want, Weight kind, float unit = 1) {
+    ChooseShared& s = x.s;
+    const int tid = x.tid;
     uint64_t base = 0, until = kAll;
 #pragma unroll 1
     for (int shift = kNumberBits + 10;; shift = max(shift - 11, 0)) {  // bins of 2^-6 first, the last of them open
@@ -280,9 +260,9 @@ struct Moment : Chooser<T, D> {
       for (int i = tid; i < kBins; i += kThreads) s.histogram[i] = 0;
       if (tid == 0) s.found[0] = kAll, s.n_list = 0;
       __syncthreads();
-      each_key([&](int j, int k) {
-        const uint64_t x = order_of(k, j);
-        if (x >= from && x < until) atomicAdd(s.histogram + min((x - from) >> shift, uint64_t{kBins - 1}), weight(j, x));
+      x.each_key([&](int j, int k) {
+        const uint64_t o = order_of(k, j);
+        if (o >= from && o < until) atomicAdd(s.histogram + min((o - from) >> shift, uint64_t{kBins - 1}), x.weight(j, o, kind, unit));
       });
       __syncthreads();
       constexpr int kEach = kBins / kThreads;
@@ -291,9 +271,9 @@ struct Moment : Chooser<T, D> {
       uint64_t total, before = base + block_scan(uint64_t{mine.x} + mine.y + mine.z + mine.w, s.scan, total);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        const uint32_t x = i == 0 ? mine.x : i == 1 ? mine.y : i == 2 ? mine.z : mine.w;
-        if (before < want && want <= before + x) s.found[0] = static_cast<uint64_t>(tid * kEach + i), s.found[1] = before;
-        before += x;
+        const uint32_t w = i == 0 ? mine.x : i == 1 ? mine.y : i == 2 ? mine.z : mine.w;
+        if (before < want && want <= before + w) s.found[0] = static_cast<uint64_t>(tid * kEach + i), s.found[1] = before;
+        before += w;
       }
       __syncthreads();
       const uint64_t bin = s.found[0];
@@ -303,11 +283,11 @@ struct Moment : Chooser<T, D> {
       from += bin << shift;
       until = open ? kAll - 1 : from + (uint64_t{1} << shift);
       if (open) shift = kNumberBits + 32;
-      each_key([&](int j, int k) {
-        const uint64_t x = order_of(k, j);
-        if (x < from || x >= until) return;
+      x.each_key([&](int j, int k) {
+        const uint64_t o = order_of(k, j);
+        if (o < from || o >= until) return;
         const int at = atomicAdd(&s.n_list, 1);
-        if (at < kList) s.list[at] = x, s.weight[at] = weight(j, x);
+        if (at < kList) s.list[at] = o, s.weight[at] = x.weight(j, o, kind, unit);
       });
       __syncthreads();
       const int n = s.n_list;
@@ -317,11 +297,11 @@ struct Moment : Chooser<T, D> {
       }
 #pragma unroll 1
       for (int i = tid; i < n; i += kThreads) {
-        const uint64_t x = s.list[i];
+        const uint64_t mine = s.list[i];
         uint64_t sum = base;
 #pragma unroll 4
-        for (int o = 0; o < n; ++o) sum += s.list[o] < x ? s.weight[o] : 0;
-        if (sum < want && want <= sum + s.weight[i]) s.found[1] = x + 1;
+        for (int o = 0; o < n; ++o) sum += s.list[o] < mine ? s.weight[o] : 0;
+        if (sum < want && want <= sum + s.weight[i]) s.found[1] = mine + 1;
       }
       __syncthreads();
       const uint64_t end = s.found[1];
@@ -333,14 +313,9 @@ struct Moment : Chooser<T, D> {
   __device__ uint64_t extend(float rest, float& share) const {
     const uint64_t from = s.order[kExact];
     const float want = s.want, weighs = s.weighs;
-    uint64_t end;
-    if (a.fraction > 0) {
-      end = find_cut(from, static_cast<uint64_t>(want), [&](int j, uint64_t) { return static_cast<uint32_t>(this->rows(j)); });
-    } else {
-      const float unit = 0x1p31f / rest;  // weights are shares of the rest, in 2^-31
-      end = find_cut(from, static_cast<uint64_t>(ceilf(want * 0x1p31f)),
-                     [&](int j, uint64_t x) { return __float2uint_rn(estimate(x, this->rows(j)) * unit); });
-    }
+    // Weights are rows, or shares of the rest in 2^-31.
+    const uint64_t end = a.fraction > 0 ? find_cut(*this, from, static_cast<uint64_t>(want), Weight::rows)
+                                        : find_cut(*this, from, static_cast<uint64_t>(ceilf(want * 0x1p31f)), Weight::estimate, 0x1p31f / rest);
     const float more = fminf(sum_estimates(end) / rest, 1);
     share = weighs < 0 ? (1 + pow2(weighs) * more) / (1 + pow2(weighs)) : (pow2(-weighs) + more) / (pow2(-weighs) + 1);
     return end;
@@ -348,11 +323,9 @@ struct Moment : Chooser<T, D> {
   __device__ void mark_before(uint64_t end) const {
     uint32_t* to = in_block(this->chosen, 0);
     each_keys([&](int j, int4 k) {
-      const auto is = [&](int key, int i) { return key != kEmpty && order_of(key, j + i) < end ? 1u << i : 0u; };
-      uint32_t bits = (is(k.x, 0) | is(k.y, 1) | is(k.z, 2) | is(k.w, 3)) << 4 * (lane % 8);
-#pragma unroll
-      for (int step = 1; step < 8; step *= 2) bits |= __shfl_xor_sync(kWarp, bits, step);
-      if (lane % 8 == 0 && bits != 0) atomicOr(to + j / 32, bits);
+      const auto is = [&](int key, int i) { return key != kEmpty && order_of(key, j + i) < end ? 1u << (j + i) % 32 : 0u; };
+      const uint32_t bits = is(k.x, 0) | is(k.y, 1) | is(k.z, 2) | is(k.w, 3);
+      if (bits != 0) atomicOr(to + j / 32, bits);
     });
   }
 
@@ -373,7 +346,7 @@ struct Moment : Chooser<T, D> {
       __syncthreads();
       count(q, from, block, n_block, first_block);
       if (from == 0) rest = sum_estimates(kAll);
-      if (n_block > 1) block_arrive(), block_wait();
+      if (n_block > 1) cluster_arrive_block(), cluster_wait_block();
       else __syncthreads();
       if (block > 0) return;
       if (warp == 0) decide(rest, want_rows);
