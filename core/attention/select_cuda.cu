@@ -15,17 +15,15 @@ namespace selecting {
 namespace {
 
 template <class T, int D, bool kFit>
-__global__ void __launch_bounds__(kThreads, kFit ? 1 : 2) choose_kernel(const __grid_constant__ SelectArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) choose_kernel(const __grid_constant__ SelectArgs a) {
   using Choice = std::conditional_t<kFit, Fit<T>, Moment<T, D>>;
   extern __shared__ uint4 shared[];
   Choice x(a, shared);
-  x.prepare(false);
+  x.prepare();
   cluster_arrive_block();
   pdl_wait();
   pdl_launch();
-  x.prepare(true);
   cluster_wait_block();  // all blocks are there and have set up their memory
-  __syncthreads();
   const int group = 1 << (32 - __clz(a.group - 1)), n_block = !kFit && a.searched && x.e.n_cluster > 0 ? max(x.blocks / group, 1) : 1;
 #pragma unroll 1
   for (int head = x.rank / n_block; head < a.group; head += x.blocks / n_block) {

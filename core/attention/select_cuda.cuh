@@ -41,7 +41,7 @@ struct SelectArgs {
   float2* open;        // [n_entry][h_q][n_unit]: mass of the rows outside the index, (top, total)
   int32_t* keys;       // [n_entry][h_q][room]
   float* sorted_mass;  // [n_entry][h_q][room]
-  int32_t* begin;      // [n_entry][h_kv][room + 16]: first rows of clusters, if they do not fit into shared memory
+  int32_t* begin;      // [n_entry][h_kv][room + 16]: first rows of the clusters; one more ends the last
   int64_t q_stride, table_stride, closed_stride, ranges_stride, n_range_stride, tail_stride, tail_row, mass_stride, true_stride, max_range;
   int32_t n_entry, h_kv, group, d, n_slot;
   int32_t room;       // clusters that an entry may have, rounded up to a tile
@@ -120,30 +120,41 @@ struct RowScorer {
 #pragma unroll
       for (int x = 0; x < D / 32; ++x) q[x] = *reinterpret_cast<const uint4*>(q_row + 32 * x + 8 * (threadIdx.x % 4));
   }
-  __device__ void score(const T* row0, const T* row1, float& s0, float& s1) const {
-    const int c = threadIdx.x % 4;
-    if constexpr (D > 0) {
-      uint4 k[2][D / 32];
+  struct Rows {  // on their way
+    uint4 k[2][D > 0 ? D / 32 : 1];
+    const T* row[2];
+  };
+  __device__ void load(Rows& rows, const T* row0, const T* row1) const {
+    rows.row[0] = row0, rows.row[1] = row1;
+    if constexpr (D > 0)
 #pragma unroll
-      for (int x = 0; x < D / 32; ++x) {
-        k[0][x] = load_once_16(row0 + 32 * x + 8 * c);
-        k[1][x] = load_once_16(row1 + 32 * x + 8 * c);
-      }
+      for (int x = 0; x < D / 32; ++x)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) rows.k[i][x] = load_once_16(rows.row[i] + 32 * x + 8 * (threadIdx.x % 4));
+  }
+  __device__ void score(const Rows& rows, float& s0, float& s1) const {
+    if constexpr (D > 0) {
       float acc[4] = {};
 #pragma unroll
       for (int x = 0; x < D / 32; ++x) {
-        mma_16816<T>(acc, {k[0][x].x, k[1][x].x, k[0][x].y, k[1][x].y}, q[x].x, q[x].y);
-        mma_16816<T>(acc, {k[0][x].z, k[1][x].z, k[0][x].w, k[1][x].w}, q[x].z, q[x].w);
+        const uint4 k0 = rows.k[0][x], k1 = rows.k[1][x];
+        mma_16816<T>(acc, {k0.x, k1.x, k0.y, k1.y}, q[x].x, q[x].y);
+        mma_16816<T>(acc, {k0.z, k1.z, k0.w, k1.w}, q[x].z, q[x].w);
       }
       s0 = acc[0], s1 = acc[2];
     } else {
       s0 = s1 = 0;
-      for (int i = c; i < d; i += 4) {
+      for (int i = threadIdx.x % 4; i < d; i += 4) {
         const float y = to_float(query[i]);
-        s0 = fmaf(y, to_float(row0[i]), s0), s1 = fmaf(y, to_float(row1[i]), s1);
+        s0 = fmaf(y, to_float(rows.row[0][i]), s0), s1 = fmaf(y, to_float(rows.row[1][i]), s1);
       }
       s0 = warp_sum<4>(s0), s1 = warp_sum<4>(s1);
     }
+  }
+  __device__ void score(const T* row0, const T* row1, float& s0, float& s1) const {
+    Rows rows;
+    load(rows, row0, row1);
+    score(rows, s0, s1);
   }
 };
 

@@ -10,41 +10,38 @@ __device__ void write_ranges(const Chooser<T, D>& x) {
   const SelectArgs& a = x.a;
   const Entry& e = x.e;
   ChooseShared& s = x.s;
+  const int32_t* begin = x.begin;
   const int tid = threadIdx.x, words = (e.n_cluster + 31) / 32, each = (words + kThreads - 1) / kThreads;
-  uint64_t mine = 0, n_chosen;
-  for (int w = tid * each; w < min((tid + 1) * each, words); ++w) mine += static_cast<uint64_t>(__popc(x.chosen[w]));
-  const int at = static_cast<int>(block_scan(mine, s.scan, n_chosen)), front = e.first_page * kPage, window = e.len - e.end_page * kPage;
+  const int first_word = min(tid * each, words), last_word = min(first_word + each, words);
+  int2 mine{0, 0}, n_chosen;
+  for (int w = first_word; w < last_word; ++w) mine.x += __popc(x.chosen[w]);
+  const int at = block_scan(mine, s.sums, n_chosen).x, front = e.first_page * kPage, window = e.len - e.end_page * kPage;
   int2* to = a.ranges + x.entry * a.ranges_stride + x.kv_head * a.max_range;
   int n = front > 0, rows = front, end = front > 0 ? front : -1;  // ranges begun, rows in them, where the last one ends
   if (tid == 0 && front > 0) to[0].x = 0;
-  for (int from = 0; from < static_cast<int>(n_chosen); from += kBins) {
+#pragma unroll 1
+  for (int from = 0; from < n_chosen.x; from += kBins) {
     int put = at - from;
-    for (int w = tid * each; w < min((tid + 1) * each, words); ++w)
+    for (int w = first_word; w < last_word; ++w)
       for (uint32_t bits = x.chosen[w]; bits != 0; bits &= bits - 1, ++put)
         if (put >= 0 && put < kBins) s.chosen[put] = 32 * w + __ffs(static_cast<int>(bits)) - 1;
     __syncthreads();
-    const int m = min(kBins, static_cast<int>(n_chosen) - from), share = (m + kThreads - 1) / kThreads, first = min(tid * share, m),
-              last = min(first + share, m);
-    const auto end_before = [&](int i) { return i == 0 ? end : x.first(s.chosen[i - 1] + 1); };
-    uint64_t sum = 0, total;  // ranges that begin here, and rows
-    for (int i = first; i < last; ++i) {
-      const int row = x.first(s.chosen[i]);
-      sum += (row != end_before(i) ? uint64_t{1} << 32 : 0) + static_cast<uint32_t>(x.first(s.chosen[i] + 1) - row);
-    }
-    const uint64_t before = block_scan(sum, s.scan, total);
-    int n_here = n + static_cast<int>(before >> 32), rows_here = rows + static_cast<int>(before & 0xffffffff);
-    for (int i = first; i < last; ++i) {
-      const int j = s.chosen[i], row = x.first(j);
-      if (row != end_before(i)) {
-        if (n_here > 0) to[n_here - 1].y = rows_here;
-        to[n_here++].x = row;
+    const int m = min(kBins, n_chosen.x - from);
+#pragma unroll 1
+    for (int i0 = 0; i0 < m; i0 += kThreads) {
+      const int i = i0 + tid, j = s.chosen[min(i, m - 1)], row = begin[j], n_row = begin[j + 1] - row;
+      const bool there = i < m, starts = there && row != (i == 0 ? end : begin[s.chosen[i - 1] + 1]);
+      int2 total;
+      const int2 before = block_scan(int2{starts, there ? n_row : 0}, s.sums, total);
+      if (starts) {
+        if (n + before.x > 0) to[n + before.x - 1].y = rows + before.y;
+        to[n + before.x].x = row;
       }
-      rows_here += x.first(j + 1) - row;
-      if (a.tail)
+      if (there && a.tail)
         for (int head = 0; head < a.group; ++head) a.tail_of(x.entry, x.kv_head, head)[j] = kNegInf;
+      n += total.x, rows += total.y;
     }
-    n += static_cast<int>(total >> 32), rows += static_cast<int>(total & 0xffffffff);
-    end = x.first(s.chosen[m - 1] + 1);
+    end = begin[s.chosen[m - 1] + 1];
     __syncthreads();
   }
   if (tid != 0) return;

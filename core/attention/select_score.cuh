@@ -2,10 +2,11 @@
 // the index. Bound by the bytes of the index; every warp is on its own, with its next tiles on their way to shared memory.
 #pragma once
 #include "attention/select_cuda.cuh"
+#include "cuda/vec.cuh"
 
 namespace prt::cuda::selecting {
 
-constexpr int kScoreWarps = 8;
+constexpr int kScoreWarps = 16;
 
 // Two f8 (e4m3) to two f16: exact.
 __device__ __forceinline__ uint32_t f8_to_f16(uint32_t x) {
@@ -63,81 +64,89 @@ struct Tiles {
 template <class T, int D>
 struct Scorer {
   static constexpr int kPieces = D / 16;  // of 16 bytes, a lane's share of a tile: of two rows, or of two centroids and two variances
-  static constexpr int kStage = kPieces * 512 + 256, kStages = D > 64 ? 4 : 8;
-  static constexpr int kPitch = (D + 8) * 2;  // bytes of a query in f16, so that 8 lanes read from different banks
-  static int smem(int group) { return kScoreWarps * (D > 0 ? kStages * kStage + 2 * group * kPitch : 0); }
+  static constexpr int kStage = kPieces * 512 + 512, kStages = D > 64 ? 2 : 4;
+  static constexpr int kPitch = (D + 8) * 2;  // bytes of a query, so that 8 lanes read from different banks
+  static int smem(int group) { return kScoreWarps * (D > 0 ? kStages * kStage + 3 * group * kPitch : 0); }
 
   const SelectArgs& a;
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   int kv_head, unit;
-  char* memory;  // of this warp: its stages, then q and q^2 of the group
+  char* memory;  // of this warp: its stages, then q and q^2 of the group in f16, and q
   float scale[2];  // of head `lane`: what a product with q, with q^2 is to be multiplied by
 
   __device__ explicit Scorer(const SelectArgs& args) : a(args) {
     extern __shared__ uint4 shared[];
     const int warp = threadIdx.x / 32, at = blockIdx.x * (blockDim.x / 32) + warp;
     kv_head = at % a.h_kv, unit = at / a.h_kv;
-    memory = reinterpret_cast<char*>(shared) + warp * (kStages * kStage + 2 * a.group * kPitch);
+    memory = reinterpret_cast<char*>(shared) + warp * (kStages * kStage + 3 * a.group * kPitch);
     scale[0] = a.scale * kLog2e, scale[1] = a.fit ? 0 : 0.5f * a.scale * a.scale * kLog2e;
   }
-  __device__ int64_t slot_of(const Entry& e, int entry, int j) const {
-    const int page = a.page_of_cluster(j);
-    return (int64_t{a.page_table[entry * a.table_stride + e.first_page + page]} * a.h_kv + kv_head) * a.n_slot + (j - page * a.n_slot);
+  // The cluster, or the row, that a lane copies; what is past the end is the last one again. And its place in the page table.
+  __device__ int cluster_of(const Tiles::At& t, int i) const { return min(kTile * t.index + 8 * i + g, t.of.n_cluster - 1); }
+  __device__ int page_of(const Tiles::At& t, int i) const {
+    const int page = t.rows ? t.of.open_row(t.index) / kPage : t.of.first_page + a.page_of_cluster(cluster_of(t, i));
+    return a.page_table[t.entry * a.table_stride + page];
   }
-  __device__ const T* open_rows(const Tiles::At& t, int& n) const {
-    const int row = t.of.open_row(t.index);
-    n = min(kTile, t.of.len - row);
-    const int64_t page = a.page_table[t.entry * a.table_stride + row / kPage];
-    return static_cast<const T*>(a.k) + ((page * a.h_kv + kv_head) * kPage + row % kPage) * a.d;
+  __device__ int64_t slot_of(int j, int page) const { return (int64_t{page} * a.h_kv + kv_head) * a.n_slot + (j - a.page_of_cluster(j) * a.n_slot); }
+  __device__ const T* open_rows(const Tiles::At& t, int page) const {
+    return static_cast<const T*>(a.k) + ((int64_t{page} * a.h_kv + kv_head) * kPage + t.of.open_row(t.index) % kPage) * a.d;
   }
 
-  // ---- a tile on its way to a stage. Every lane copies what it will read itself. What is past the end is the last one again.
-  __device__ void fetch(const Tiles::At& t, int stage) const {
+  // ---- a tile on its way to a stage. Every lane copies what it will read itself.
+  __device__ void fetch(const Tiles::At& t, const int (&page)[2], int stage) const {
     const uint32_t to = smem_addr(memory + stage * kStage) + lane * 16;
     if (t.rows) {
-      int n;
-      const T* row = open_rows(t, n);
+      const T* row = open_rows(t, page[0]) + 8 * c;
+      const int last = t.of.len - t.of.open_row(t.index) - 1;
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int x = 0; x < D / 32; ++x) cp_async_16(to + (i * D / 32 + x) * 512, row + min(8 * i + g, n - 1) * D + 32 * x + 8 * c);
+        for (int x = 0; x < D / 32; ++x) cp_async_16(to + (i * D / 32 + x) * 512, row + min(8 * i + g, last) * D + 32 * x);
       return;
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t slot = slot_of(t.of, t.entry, min(kTile * t.index + 8 * i + g, t.of.n_cluster - 1));
+      const int64_t slot = slot_of(cluster_of(t, i), page[i]);
 #pragma unroll
       for (int x = 0; x < D / 64; ++x) {
         cp_async_16(to + (i * D / 64 + x) * 512, a.centroid + slot * D + 64 * x + 16 * c);
         cp_async_16(to + ((2 + i) * D / 64 + x) * 512, a.variance + slot * D + 64 * x + 16 * c);
       }
-      cp_async_4(smem_addr(memory + stage * kStage) + kPieces * 512 + (32 * i + lane) * 4, &a.range[slot].y);
+      cp_async_8(smem_addr(memory + stage * kStage) + kPieces * 512 + (32 * i + lane) * 8, a.range + slot);
     }
   }
   __device__ uint4 piece(int stage, int i) const { return reinterpret_cast<const uint4*>(memory + stage * kStage)[32 * i + lane]; }
-  __device__ f16* query(int square, int head) const {
-    return reinterpret_cast<f16*>(memory + kStages * kStage + (square * a.group + head) * kPitch);
-  }
+  __device__ char* query(int which, int head) const { return memory + kStages * kStage + (which * a.group + head) * kPitch; }
   __device__ void load_queries(int entry) {
+    constexpr int kEach = D / 32, kBatch = 4;  // dimensions of a lane; heads whose queries are on their way together
+    using Words = Pack<(kEach > 0 ? kEach : 2), T>;
     __syncwarp();
 #pragma unroll 1
-    for (int head = 0; head < a.group; ++head) {
-      constexpr int kEach = D / 32;
-      float x[kEach > 0 ? kEach : 1], most = 0;
-      const T* q = a.query<T>(entry, kv_head, head) + kEach * lane;
+    for (int head0 = 0; head0 < a.group; head0 += kBatch) {
+      Words raw[kBatch];
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) x[i] = to_float(q[i]), most = fmaxf(most, fabsf(x[i]));
-      most = warp_max(most);
-      // Over a power of two above all elements: the squares must not leave the range of f16.
-      const uint32_t exponent = min(max((__float_as_uint(most) >> 23) + 1, 67u), 187u);
-      const float up = __uint_as_float(exponent << 23), down = __uint_as_float((254 - exponent) << 23);
+      for (int h = 0; h < kBatch; ++h)
+        raw[h] = *reinterpret_cast<const Words*>(a.query<T>(entry, kv_head, min(head0 + h, a.group - 1)) + kEach * lane);
 #pragma unroll
-      for (int i = 0; i < kEach; i += 2) {
-        const float y0 = x[i] * down, y1 = x[i + 1] * down;
-        reinterpret_cast<uint32_t*>(query(0, head) + kEach * lane)[i / 2] = pack2<f16>(y0, y1);
-        reinterpret_cast<uint32_t*>(query(1, head) + kEach * lane)[i / 2] = pack2<f16>(y0 * y0, y1 * y1);
+      for (int h = 0; h < kBatch; ++h) {
+        float x[kEach > 0 ? kEach : 1], most = 0;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) x[i] = to_float(raw[h].part[0].v[i]), most = fmaxf(most, fabsf(x[i]));
+        most = warp_max(most);
+        // Over a power of two above all elements: the squares must not leave the range of f16.
+        const uint32_t exponent = min(max((__float_as_uint(most) >> 23) + 1, 67u), 187u);
+        const float up = __uint_as_float(exponent << 23), down = __uint_as_float((254 - exponent) << 23);
+        const int head = head0 + h;
+        if (head >= a.group) break;
+#pragma unroll
+        for (int i = 0; i < kEach; i += 2) {
+          const float y0 = x[i] * down, y1 = x[i + 1] * down;
+          reinterpret_cast<uint32_t*>(query(0, head) + 2 * kEach * lane)[i / 2] = pack2<f16>(y0, y1);
+          reinterpret_cast<uint32_t*>(query(1, head) + 2 * kEach * lane)[i / 2] = pack2<f16>(y0 * y0, y1 * y1);
+        }
+        *reinterpret_cast<Words*>(query(2, head) + 2 * kEach * lane) = raw[h];
+        if (lane == head % 32) scale[0] = a.scale * kLog2e * up, scale[1] = a.fit ? 0 : 0.5f * (a.scale * up) * (a.scale * up) * kLog2e;
       }
-      if (lane == head % 32) scale[0] = a.scale * kLog2e * up, scale[1] = a.fit ? 0 : 0.5f * (a.scale * up) * (a.scale * up) * kLog2e;
     }
     __syncwarp();
   }
@@ -150,6 +159,12 @@ struct Scorer {
     if (a.tail && there)
       a.tail_of(t.entry, kv_head, head)[j] = (m + kTailSpread * wide + __log2f(static_cast<float>(n))) * kLn2;  // log2(0) is -inf
   }
+  __device__ void put_first_row(const Tiles::At& t, int j, int2 range) const {
+    int32_t* to = a.begin + (int64_t{t.entry} * a.h_kv + kv_head) * (a.room + kTile);
+    const int row = range.x + (t.of.first_page + a.page_of_cluster(j)) * kPage;
+    if (j < t.of.n_cluster) to[j] = row;
+    if (j == t.of.n_cluster - 1) to[j + 1] = row + range.y;
+  }
   __device__ void put_open(const Tiles::At& t, int head, Mass m) const {
     float2& to = a.open[a.head(t.entry, kv_head, head) * a.n_unit + t.index % a.n_unit];
     if (t.index >= a.n_unit) m.add({to.x, to.y});  // this warp's tile before
@@ -157,8 +172,11 @@ struct Scorer {
   }
 
   __device__ void score_clusters(const Tiles::At& t, int stage) const {
-    const int* rows = reinterpret_cast<const int*>(memory + stage * kStage + kPieces * 512);
-    const int n[2] = {rows[lane], rows[32 + lane]};
+    const int2* rows = reinterpret_cast<const int2*>(memory + stage * kStage + kPieces * 512);
+    const int2 range[2] = {rows[lane], rows[32 + lane]};
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (c == 0) put_first_row(t, kTile * t.index + 8 * i + g, range[i]);
 #pragma unroll 1
     for (int b = 0; b < a.group; b += 8) {
       const int column = min(b + g, a.group - 1);
@@ -183,7 +201,7 @@ struct Scorer {
         if (head >= a.group) continue;
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          put_cluster(t, head, kTile * t.index + 8 * i + g, n[i], sum[0][2 * i + e] * m, sum[1][2 * i + e] * wide);
+          put_cluster(t, head, kTile * t.index + 8 * i + g, range[i].y, sum[0][2 * i + e] * m, sum[1][2 * i + e] * wide);
       }
     }
   }
@@ -191,11 +209,11 @@ struct Scorer {
     const int n = min(kTile, t.of.len - t.of.open_row(t.index));
 #pragma unroll 1
     for (int b = 0; b < a.group; b += 8) {
-      const T* q = a.query<T>(t.entry, kv_head, min(b + g, a.group - 1)) + 8 * c;
+      const uint4* q = reinterpret_cast<const uint4*>(query(2, min(b + g, a.group - 1))) + c;
       float sum[4] = {};
 #pragma unroll
       for (int x = 0; x < D / 32; ++x) {
-        const uint4 k0 = piece(stage, x), k1 = piece(stage, D / 32 + x), y = *reinterpret_cast<const uint4*>(q + 32 * x);
+        const uint4 k0 = piece(stage, x), k1 = piece(stage, D / 32 + x), y = q[4 * x];
         mma_16816<T>(sum, {k0.x, k1.x, k0.y, k1.y}, y.x, y.y);
         mma_16816<T>(sum, {k0.z, k1.z, k0.w, k1.w}, y.z, y.w);
       }
@@ -210,12 +228,12 @@ struct Scorer {
   }
   // Any type and d_head; the lanes of a row share its dimensions.
   __device__ void score_plainly(const Tiles::At& t) const {
-    int n = kTile;
-    const T* rows = t.rows ? open_rows(t, n) : nullptr;
+    const int page[2] = {page_of(t, 0), page_of(t, 1)}, n = t.rows ? min(kTile, t.of.len - t.of.open_row(t.index)) : kTile;
 #pragma unroll 1
     for (int head = 0; head < a.group; ++head) {
       const T* q = a.query<T>(t.entry, kv_head, head);
       if (t.rows) {
+        const T* rows = open_rows(t, page[0]);
         float s[2];
         RowScorer<T, 0>(q, a.d).score(rows + min(g, n - 1) * a.d, rows + min(g + 8, n - 1) * a.d, s[0], s[1]);
         Mass m{g < n ? s[0] * scale[0] : kNegInf, g < n ? 1.0f : 0.0f};
@@ -227,7 +245,7 @@ struct Scorer {
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
         const int j = kTile * t.index + 8 * i + g;
-        const int64_t slot = slot_of(t.of, t.entry, min(j, t.of.n_cluster - 1));
+        const int64_t slot = slot_of(cluster_of(t, i), page[i]);
         float m = 0, wide = 0;
         for (int x = c; x < a.d; x += 4) {
           const float y = to_float(q[x]);
@@ -235,6 +253,7 @@ struct Scorer {
         }
         m = warp_sum<4>(m), wide = warp_sum<4>(wide);
         if (c == 0) put_cluster(t, head, j, a.range[slot].y, m * scale[0], wide * scale[1]);
+        if (c == 0 && head == 0) put_first_row(t, j, a.range[slot]);
       }
     }
   }
@@ -248,26 +267,32 @@ struct Scorer {
       waited = true;
     };
     if constexpr (D > 0) {
-      const auto next = [&](int position, int stage) {
-        if (position < tiles.total) {
+      Tiles::At ahead;  // the next tile to be fetched; its pages are on their way
+      int page[2], next = unit, entry = -1;
+      const auto look_ahead = [&] {
+        if (next >= tiles.total) return;
+        ahead = tiles.at(next);
+        page[0] = page_of(ahead, 0), page[1] = page_of(ahead, 1);
+      };
+      look_ahead();
+#pragma unroll 1
+      for (int position = unit - kStages * a.n_unit, stage = 0; position < tiles.total; position += a.n_unit) {
+        if (position >= 0) {
           const Tiles::At t = tiles.at(position);
-          if (t.rows) wait();
-          fetch(t, stage);
+          wait();
+          if (t.entry != entry) load_queries(entry = t.entry);
+          cp_async_wait<kStages - 1>();
+          if (t.rows) score_rows(t, stage);
+          else score_clusters(t, stage);
+        }
+        if (next < tiles.total) {
+          if (ahead.rows) wait();
+          fetch(ahead, page, stage);
         }
         cp_async_commit();
-      };
-#pragma unroll 1
-      for (int i = 0; i < kStages; ++i) next(unit + i * a.n_unit, i);
-      int stage = 0, entry = -1;
-#pragma unroll 1
-      for (int position = unit; position < tiles.total; position += a.n_unit, stage = stage + 1 == kStages ? 0 : stage + 1) {
-        const Tiles::At t = tiles.at(position);
-        wait();
-        if (t.entry != entry) load_queries(entry = t.entry);
-        cp_async_wait<kStages - 1>();
-        if (t.rows) score_rows(t, stage);
-        else score_clusters(t, stage);
-        next(position + kStages * a.n_unit, stage);
+        next += a.n_unit;
+        look_ahead();
+        stage = stage + 1 == kStages ? 0 : stage + 1;
       }
     } else {
       wait();
