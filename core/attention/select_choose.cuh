@@ -28,14 +28,6 @@ struct alignas(16) ChooseShared {
   float weighs;         // log2 of what the clusters behind are worth, against what is taken without them
 };
 
-__device__ __forceinline__ int scan_warp(int x) {  // inclusive
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(kWarp, x, step);
-    if (static_cast<int>(threadIdx.x % 32) >= step) x += other;
-  }
-  return x;
-}
 // -> the sum over the threads before this one, and over all
 __device__ __forceinline__ uint64_t block_scan(uint64_t x, uint64_t* room, uint64_t& total) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -39,24 +39,23 @@ __global__ void __launch_bounds__(kThreads, 1) choose_kernel(const __grid_consta
   write_ranges(x);
 }
 
-// Blocks of eight warps, so that every warp keeps its kv head.
-dim3 score_grid(const CudaStream& stream, int64_t h_kv, int64_t n_entry, int& warps) {
-  warps = h_kv < kScoreWarps ? kScoreWarps / static_cast<int>(h_kv) * static_cast<int>(h_kv) : kScoreWarps;
+// Blocks and warps of the first launch: as many as their memory allows, and every warp keeps its kv head.
+dim3 score_grid(const CudaStream& stream, int64_t h_kv, int64_t warp_bytes, int& warps) {
+  warps = static_cast<int>(std::min<int64_t>(kScoreWarps, stream.smem_per_block / std::max<int64_t>(warp_bytes, 1)));
+  if (h_kv <= warps) warps = static_cast<int>(warps / h_kv * h_kv);
   int64_t blocks = stream.n_sm;
   while (blocks > 0 && blocks * warps % h_kv != 0) --blocks;
-  return dim3(static_cast<uint32_t>(blocks > 0 ? blocks : h_kv), static_cast<uint32_t>((n_entry + 31) / 32));
+  return dim3(static_cast<uint32_t>(blocks > 0 ? blocks : h_kv));
 }
-int64_t units(const CudaStream& stream, int64_t h_kv) {  // warps of a kv head
-  int warps;
-  const dim3 grid = score_grid(stream, h_kv, 1, warps);
-  return int64_t{grid.x} * warps / h_kv;
-}
+int64_t most_units(const CudaStream& stream, int64_t h_kv) { return std::max<int64_t>(stream.n_sm, h_kv) * kScoreWarps / h_kv; }
 
 template <class T, int D, bool kFit>
 void run(const CudaStream& stream, SelectArgs a) {
   int warps;
-  const dim3 grid = score_grid(stream, a.h_kv, a.n_entry, warps);
-  launch(stream, score_kernel<T, D>, grid, dim3(static_cast<uint32_t>(warps * 32)), Scorer<T, D>::smem(a.group), a);
+  dim3 grid = score_grid(stream, a.h_kv, Scorer<T, D>::smem(a.group), warps);
+  a.n_unit = static_cast<int32_t>(grid.x) * warps / a.h_kv;
+  grid.y = static_cast<uint32_t>((a.n_entry + 31) / 32);
+  launch(stream, score_kernel<T, D>, grid, dim3(static_cast<uint32_t>(warps * 32)), int64_t{warps} * Scorer<T, D>::smem(a.group), a);
   // As many blocks as the SMs take at once.
   int blocks = stream.arch >= 90 ? 8 : 1;
   while (blocks > 1 && int64_t{a.h_kv} * a.n_entry * blocks > 2 * stream.n_sm) blocks /= 2;
@@ -77,7 +76,7 @@ int64_t room_of(int64_t max_pages, int64_t n_slot) { return (max_pages * n_slot 
 
 int64_t select_scratch_bytes(const CudaStream& stream, int64_t n_entry, int64_t h_q, int64_t h_kv, int64_t max_pages, int64_t n_slot) {
   const int64_t room = selecting::room_of(max_pages, n_slot);
-  return n_entry * (h_q * (16 * room + 8 * selecting::units(stream, h_kv)) + 4 * h_kv * (room + selecting::kTile));
+  return n_entry * (h_q * (16 * room + 8 * selecting::most_units(stream, h_kv)) + 4 * h_kv * (room + selecting::kTile));
 }
 
 void select(const CudaStream& stream, const Select& x) {
@@ -102,22 +101,23 @@ void select(const CudaStream& stream, const Select& x) {
   a.n_entry = static_cast<int32_t>(n_entry), a.h_kv = static_cast<int32_t>(h_kv), a.group = static_cast<int32_t>(group);
   a.d = static_cast<int32_t>(d), a.n_slot = static_cast<int32_t>(n_slot);
   a.per_slot = static_cast<uint32_t>((int64_t{1} << 31) / n_slot + 1);
-  a.room = static_cast<int32_t>(room_of(max_pages, n_slot)), a.n_unit = static_cast<int32_t>(units(stream, h_kv));
+  a.room = static_cast<int32_t>(room_of(max_pages, n_slot)), a.piece = static_cast<int32_t>(kTile % n_slot == 0 ? n_slot : 1);
   a.n_table = static_cast<int32_t>((max_pages + 3) / 4 * 4);
   a.sorted = x.scratch.as<uint64_t>(), a.open = reinterpret_cast<float2*>(a.sorted + n * a.room);
-  a.keys = reinterpret_cast<int32_t*>(a.open + n * a.n_unit), a.sorted_mass = reinterpret_cast<float*>(a.keys + n * a.room);
+  a.keys = reinterpret_cast<int32_t*>(a.open + n * most_units(stream, h_kv)), a.sorted_mass = reinterpret_cast<float*>(a.keys + n * a.room);
   a.begin = reinterpret_cast<int32_t*>(a.sorted_mass + n * a.room);
   a.scale = x.scale, a.p = x.p, a.fraction = x.fraction;
   a.log_odds = x.p < 1 ? static_cast<float>(std::log2(x.p / (1 - static_cast<double>(x.p)))) : INFINITY;
   a.fit = x.estimator == Estimator::fit, a.searched = x.p < 1 || x.fraction > 0;
   if (a.fit) a.variance = a.centroid;  // goes with a factor of 0
-  const bool aligned = reinterpret_cast<uintptr_t>(x.k_pages.data) % 16 == 0 && in_pieces(x.q, 8);
+  const bool fast = stream.arch >= 90 && reinterpret_cast<uintptr_t>(x.k_pages.data) % 16 == 0 && in_pieces(x.q, 8) &&
+                    (reinterpret_cast<uintptr_t>(x.index.centroid.data) | reinterpret_cast<uintptr_t>(x.index.variance.data)) % 16 == 0;
   with_dtype(x.k_pages.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (a.fit) return run<T, 0, true>(stream, a);
     if constexpr (!std::is_same_v<T, float>) {
-      if (aligned && d == 128) return run<T, 128, false>(stream, a);
-      if (aligned && d == 64) return run<T, 64, false>(stream, a);
+      if (fast && d == 128) return run<T, 128, false>(stream, a);
+      if (fast && d == 64) return run<T, 64, false>(stream, a);
     }
     run<T, 0, false>(stream, a);
   });

@@ -46,6 +46,7 @@ struct SelectArgs {
   int32_t n_entry, h_kv, group, d, n_slot;
   int32_t room;       // clusters that an entry may have, rounded up to a tile
   int32_t n_unit;     // warps of a kv head in the first launch
+  int32_t piece;      // clusters that lie together, of a tile
   int32_t n_table;    // pages, rounded up to 4
   uint32_t per_slot;  // 2^31 / n_slot, and 1
   float scale, p, fraction;
@@ -85,6 +86,15 @@ __device__ __forceinline__ float pow2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+__device__ __forceinline__ int scan_warp(int x) {  // inclusive
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(kWarp, x, step);
+    if (static_cast<int>(threadIdx.x % 32) >= step) x += other;
+  }
+  return x;
 }
 
 // sum of 2^(score - top) over some keys

@@ -6,7 +6,7 @@
 
 namespace prt::cuda::selecting {
 
-constexpr int kScoreWarps = 16;
+constexpr int kScoreWarps = 16, kDeep = 2;
 
 // Two f8 (e4m3) to two f16: exact.
 __device__ __forceinline__ uint32_t f8_to_f16(uint32_t x) {
@@ -30,93 +30,91 @@ struct Tiles {
   Entry mine;
   int first_entry, end, total;
 
-  struct At {
-    int entry, index;
-    bool rows;
-    Entry of;
-  };
   __device__ Tiles(const SelectArgs& a, int first) : first_entry(first) {
     const int lane = threadIdx.x % 32;
     mine = {};
     if (first + lane < a.n_entry) mine = Entry(a, first + lane);
-    end = mine.n_cluster > 0 ? cluster_tiles(mine) + mine.open_tiles() : 0;  // without clusters there is nothing to choose
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(kWarp, end, step);
-      if (lane >= step) end += other;
-    }
+    end = scan_warp(mine.n_cluster > 0 ? cluster_tiles(mine) + mine.open_tiles() : 0);  // without clusters there is nothing to choose
     total = __shfl_sync(kWarp, end, 31);
   }
   __device__ static int cluster_tiles(const Entry& e) { return (e.n_cluster + kTile - 1) / kTile; }
-  __device__ At at(int position) const {
-    const int i = __popc(__ballot_sync(kWarp, end <= position)), before = __shfl_sync(kWarp, end, max(i - 1, 0));
-    At t;
-    t.of.len = __shfl_sync(kWarp, mine.len, i), t.of.first_page = __shfl_sync(kWarp, mine.first_page, i);
-    t.of.end_page = __shfl_sync(kWarp, mine.end_page, i), t.of.n_cluster = __shfl_sync(kWarp, mine.n_cluster, i);
-    t.entry = first_entry + i;
-    t.index = position - (i > 0 ? before : 0);
-    t.rows = t.index >= cluster_tiles(t.of);
-    if (t.rows) t.index -= cluster_tiles(t.of);
-    return t;
+};
+// Goes through the tiles of a warp.
+struct Cursor {
+  Entry of;
+  int position, entry, first, end, n_cluster_tile;  // first .. end: the positions of the entry
+  int index;
+  bool rows;
+
+  __device__ void find(const Tiles& t) {  // after `position` has moved
+    if (position >= t.total) return;
+    if (position >= end) {
+      const int i = __popc(__ballot_sync(kWarp, t.end <= position));
+      end = __shfl_sync(kWarp, t.end, i);
+      first = __shfl_sync(kWarp, t.end, max(i - 1, 0));
+      if (i == 0) first = 0;
+      of.len = __shfl_sync(kWarp, t.mine.len, i), of.first_page = __shfl_sync(kWarp, t.mine.first_page, i);
+      of.end_page = __shfl_sync(kWarp, t.mine.end_page, i), of.n_cluster = __shfl_sync(kWarp, t.mine.n_cluster, i);
+      entry = t.first_entry + i;
+      n_cluster_tile = Tiles::cluster_tiles(of);
+    }
+    index = position - first;
+    rows = index >= n_cluster_tile;
+    if (rows) index -= n_cluster_tile;
   }
 };
 
 template <class T, int D>
 struct Scorer {
-  static constexpr int kPieces = D / 16;  // of 16 bytes, a lane's share of a tile: of two rows, or of two centroids and two variances
-  static constexpr int kStage = kPieces * 512 + 512, kStages = D > 64 ? 2 : 4;
+  // A stage: 16 centroids and 16 variances, or 16 rows; behind them the ranges of the clusters.
+  static constexpr int kBytes = kTile * D * 2, kStage = kBytes + 512, kStages = D > 64 ? kDeep : 2 * kDeep;
   static constexpr int kPitch = (D + 8) * 2;  // bytes of a query, so that 8 lanes read from different banks
-  static int smem(int group) { return kScoreWarps * (D > 0 ? kStages * kStage + 3 * group * kPitch : 0); }
+  static int smem(int group) { return D > 0 ? kStages * (kStage + 16) + 3 * group * kPitch : 0; }  // of a warp
 
   const SelectArgs& a;
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   int kv_head, unit;
-  char* memory;  // of this warp: its stages, then q and q^2 of the group in f16, and q
-  float scale[2];  // of head `lane`: what a product with q, with q^2 is to be multiplied by
+  char* memory;     // of this warp: its stages, then q and q^2 of the group in f16, and q
+  uint64_t* full;   // barriers of the stages
+  float scale[2];   // of head `lane`: what a product with q, with q^2 is to be multiplied by
 
   __device__ explicit Scorer(const SelectArgs& args) : a(args) {
     extern __shared__ uint4 shared[];
     const int warp = threadIdx.x / 32, at = blockIdx.x * (blockDim.x / 32) + warp;
     kv_head = at % a.h_kv, unit = at / a.h_kv;
-    memory = reinterpret_cast<char*>(shared) + warp * (kStages * kStage + 3 * a.group * kPitch);
+    memory = reinterpret_cast<char*>(shared) + warp * (kStages * (kStage + 16) + 3 * a.group * kPitch);
+    full = reinterpret_cast<uint64_t*>(memory + kStages * kStage);
     scale[0] = a.scale * kLog2e, scale[1] = a.fit ? 0 : 0.5f * a.scale * a.scale * kLog2e;
   }
-  // The cluster, or the row, that a lane copies; what is past the end is the last one again. And its place in the page table.
-  __device__ int cluster_of(const Tiles::At& t, int i) const { return min(kTile * t.index + 8 * i + g, t.of.n_cluster - 1); }
-  __device__ int page_of(const Tiles::At& t, int i) const {
-    const int page = t.rows ? t.of.open_row(t.index) / kPage : t.of.first_page + a.page_of_cluster(cluster_of(t, i));
-    return a.page_table[t.entry * a.table_stride + page];
-  }
-  __device__ int64_t slot_of(int j, int page) const { return (int64_t{page} * a.h_kv + kv_head) * a.n_slot + (j - a.page_of_cluster(j) * a.n_slot); }
-  __device__ const T* open_rows(const Tiles::At& t, int page) const {
-    return static_cast<const T*>(a.k) + ((int64_t{page} * a.h_kv + kv_head) * kPage + t.of.open_row(t.index) % kPage) * a.d;
+  __device__ int64_t page_at(const Cursor& t, int page) const { return a.page_table[t.entry * a.table_stride + page]; }
+  __device__ int64_t slot_of(int64_t page, int j) const { return (page * a.h_kv + kv_head) * a.n_slot + (j - a.page_of_cluster(j) * a.n_slot); }
+  __device__ const T* open_rows(const Cursor& t, int64_t page) const {
+    return static_cast<const T*>(a.k) + ((page * a.h_kv + kv_head) * kPage + t.of.open_row(t.index) % kPage) * a.d;
   }
 
-  // ---- a tile on its way to a stage. Every lane copies what it will read itself.
-  __device__ void fetch(const Tiles::At& t, const int (&page)[2], int stage) const {
-    const uint32_t to = smem_addr(memory + stage * kStage) + lane * 16;
+  // ---- a tile on its way to a stage: rows in one piece, clusters in pieces of `a.piece`, all slots of a page as a rule, by a lane each.
+  // What is past the end is the last piece again.
+  __device__ int piece_of(const Cursor& t) const { return min(kTile * t.index + min(lane * a.piece, kTile - 1), t.of.n_cluster - a.piece); }
+  __device__ int64_t page_of(const Cursor& t) const {
+    return page_at(t, t.rows ? t.of.open_row(t.index) / kPage : t.of.first_page + a.page_of_cluster(piece_of(t)));
+  }
+  __device__ void fetch(const Cursor& t, int64_t page, int stage) const {
+    char* to = memory + stage * kStage;
+    __syncwarp();  // all have read what was there
+    if (lane == 0) mbar_expect(full + stage, kBytes);
+    __syncwarp();
     if (t.rows) {
-      const T* row = open_rows(t, page[0]) + 8 * c;
-      const int last = t.of.len - t.of.open_row(t.index) - 1;
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int x = 0; x < D / 32; ++x) cp_async_16(to + (i * D / 32 + x) * 512, row + min(8 * i + g, last) * D + 32 * x);
+      if (lane == 0) bulk_load(to, open_rows(t, page), kBytes, full + stage);
       return;
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t slot = slot_of(cluster_of(t, i), page[i]);
-#pragma unroll
-      for (int x = 0; x < D / 64; ++x) {
-        cp_async_16(to + (i * D / 64 + x) * 512, a.centroid + slot * D + 64 * x + 16 * c);
-        cp_async_16(to + ((2 + i) * D / 64 + x) * 512, a.variance + slot * D + 64 * x + 16 * c);
-      }
-      cp_async_8(smem_addr(memory + stage * kStage) + kPieces * 512 + (32 * i + lane) * 8, a.range + slot);
-    }
+    if (lane * a.piece >= kTile) return;
+    const int64_t slot = slot_of(page, piece_of(t));
+    const uint32_t bytes = static_cast<uint32_t>(a.piece * D);
+    bulk_load(to + lane * bytes, a.centroid + slot * D, bytes, full + stage, kCacheEvictFirst);
+    bulk_load(to + kTile * D + lane * bytes, a.variance + slot * D, bytes, full + stage, kCacheEvictFirst);
+    for (int i = 0; i < a.piece; ++i) cp_async_8(smem_addr(to + kBytes) + (lane * a.piece + i) * 8, a.range + slot + i);
   }
-  __device__ uint4 piece(int stage, int i) const { return reinterpret_cast<const uint4*>(memory + stage * kStage)[32 * i + lane]; }
-  __device__ char* query(int which, int head) const { return memory + kStages * kStage + (which * a.group + head) * kPitch; }
+  __device__ char* query(int which, int head) const { return memory + kStages * (kStage + 16) + (which * a.group + head) * kPitch; }
   __device__ void load_queries(int entry) {
     constexpr int kEach = D / 32, kBatch = 4;  // dimensions of a lane; heads whose queries are on their way together
     using Words = Pack<(kEach > 0 ? kEach : 2), T>;
@@ -152,31 +150,38 @@ struct Scorer {
   }
 
   // ---- results
-  __device__ void put_cluster(const Tiles::At& t, int head, int j, int n, float m, float wide) const {
-    const float rank = m + wide;
-    const bool there = j < t.of.n_cluster;
-    a.keys[a.head(t.entry, kv_head, head) * a.room + j] = there && n > 0 ? max(__float2int_rn(rank * 0x1p16f), kEmpty + 1) : kEmpty;
-    if (a.tail && there)
-      a.tail_of(t.entry, kv_head, head)[j] = (m + kTailSpread * wide + __log2f(static_cast<float>(n))) * kLn2;  // log2(0) is -inf
+  struct Places {  // of a tile's clusters
+    int32_t* key;
+    float* tail;
+    int n;  // of them there are so many
+  };
+  __device__ Places places(const Cursor& t) const {
+    return {a.keys + a.head(t.entry, kv_head, 0) * a.room + kTile * t.index, a.tail_of(t.entry, kv_head, 0) + kTile * t.index,
+            t.of.n_cluster - kTile * t.index};
   }
-  __device__ void put_first_row(const Tiles::At& t, int j, int2 range) const {
+  __device__ void put_cluster(const Places& to, int head, int i, int n_row, float log_n, float m, float wide) const {
+    const bool there = i < to.n;
+    to.key[int64_t{head} * a.room + i] = there && n_row > 0 ? max(__float2int_rn((m + wide) * 0x1p16f), kEmpty + 1) : kEmpty;
+    if (a.tail && there) to.tail[head * a.tail_row + i] = (m + kTailSpread * wide + log_n) * kLn2;  // log2(0) is -inf
+  }
+  __device__ void put_first_row(const Cursor& t, int j, int2 range) const {
     int32_t* to = a.begin + (int64_t{t.entry} * a.h_kv + kv_head) * (a.room + kTile);
     const int row = range.x + (t.of.first_page + a.page_of_cluster(j)) * kPage;
     if (j < t.of.n_cluster) to[j] = row;
     if (j == t.of.n_cluster - 1) to[j + 1] = row + range.y;
   }
-  __device__ void put_open(const Tiles::At& t, int head, Mass m) const {
+  __device__ void put_open(const Cursor& t, int head, Mass m) const {
     float2& to = a.open[a.head(t.entry, kv_head, head) * a.n_unit + t.index % a.n_unit];
     if (t.index >= a.n_unit) m.add({to.x, to.y});  // this warp's tile before
     to = {m.top, m.total};
   }
 
-  __device__ void score_clusters(const Tiles::At& t, int stage) const {
-    const int2* rows = reinterpret_cast<const int2*>(memory + stage * kStage + kPieces * 512);
-    const int2 range[2] = {rows[lane], rows[32 + lane]};
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (c == 0) put_first_row(t, kTile * t.index + 8 * i + g, range[i]);
+  __device__ void score_clusters(const Cursor& t, int stage) const {
+    const char* from = memory + stage * kStage;
+    const int2 range[2] = {reinterpret_cast<const int2*>(from + kBytes)[g], reinterpret_cast<const int2*>(from + kBytes)[g + 8]};
+    const float log_n[2] = {__log2f(static_cast<float>(range[0].y)), __log2f(static_cast<float>(range[1].y))};
+    if (c < 2) put_first_row(t, kTile * t.index + 8 * c + g, c == 0 ? range[0] : range[1]);
+    const Places to = places(t);
 #pragma unroll 1
     for (int b = 0; b < a.group; b += 8) {
       const int column = min(b + g, a.group - 1);
@@ -185,7 +190,8 @@ struct Scorer {
       for (int v = 0; v < 2; ++v)
 #pragma unroll
         for (int x = 0; x < D / 64; ++x) {
-          const uint4 k0 = piece(stage, 2 * v * D / 64 + x), k1 = piece(stage, (2 * v + 1) * D / 64 + x);
+          const uint4* k = reinterpret_cast<const uint4*>(from + v * kTile * D + g * D + 64 * x + 16 * c);
+          const uint4 k0 = k[0], k1 = k[8 * D / 16];
 #pragma unroll
           for (int y = 0; y < 2; ++y) {
             const uint4 q = reinterpret_cast<const uint4*>(query(v, column))[8 * x + 2 * c + y];
@@ -200,40 +206,45 @@ struct Scorer {
         const float m = __shfl_sync(kWarp, scale[0], head % 32), wide = __shfl_sync(kWarp, scale[1], head % 32);
         if (head >= a.group) continue;
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          put_cluster(t, head, kTile * t.index + 8 * i + g, range[i].y, sum[0][2 * i + e] * m, sum[1][2 * i + e] * wide);
+        for (int i = 0; i < 2; ++i) put_cluster(to, head, 8 * i + g, range[i].y, log_n[i], sum[0][2 * i + e] * m, sum[1][2 * i + e] * wide);
       }
     }
   }
-  __device__ void score_rows(const Tiles::At& t, int stage) const {
+  __device__ void score_rows(const Cursor& t, int stage) const {
     const int n = min(kTile, t.of.len - t.of.open_row(t.index));
+    const uint4* k = reinterpret_cast<const uint4*>(memory + stage * kStage + g * D * 2) + c;
 #pragma unroll 1
     for (int b = 0; b < a.group; b += 8) {
       const uint4* q = reinterpret_cast<const uint4*>(query(2, min(b + g, a.group - 1))) + c;
       float sum[4] = {};
 #pragma unroll
       for (int x = 0; x < D / 32; ++x) {
-        const uint4 k0 = piece(stage, x), k1 = piece(stage, D / 32 + x), y = q[4 * x];
+        const uint4 k0 = k[4 * x], k1 = k[D + 4 * x], y = q[4 * x];
         mma_16816<T>(sum, {k0.x, k1.x, k0.y, k1.y}, y.x, y.y);
         mma_16816<T>(sum, {k0.z, k1.z, k0.w, k1.w}, y.z, y.w);
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        Mass m{g < n ? sum[e] * (a.scale * kLog2e) : kNegInf, g < n ? 1.0f : 0.0f};
-        if (g + 8 < n) m.add({sum[2 + e] * (a.scale * kLog2e), 1});
-        m = warp_mass<4>(m);
-        if (g == 0 && b + 2 * c + e < a.group) put_open(t, b + 2 * c + e, m);
+        const float s0 = g < n ? sum[e] * (a.scale * kLog2e) : kNegInf, s1 = g + 8 < n ? sum[2 + e] * (a.scale * kLog2e) : kNegInf;
+        float top = fmaxf(s0, s1), total;
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
+        total = pow2(s0 - top) + pow2(s1 - top);
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(kWarp, total, step);
+        if (g == 0 && b + 2 * c + e < a.group) put_open(t, b + 2 * c + e, {top, total});
       }
     }
   }
   // Any type and d_head; the lanes of a row share its dimensions.
-  __device__ void score_plainly(const Tiles::At& t) const {
-    const int page[2] = {page_of(t, 0), page_of(t, 1)}, n = t.rows ? min(kTile, t.of.len - t.of.open_row(t.index)) : kTile;
+  __device__ void score_plainly(const Cursor& t) const {
+    const int n = t.rows ? min(kTile, t.of.len - t.of.open_row(t.index)) : kTile;
+    const T* rows = t.rows ? open_rows(t, page_at(t, t.of.open_row(t.index) / kPage)) : nullptr;
+    const Places to = places(t);
 #pragma unroll 1
     for (int head = 0; head < a.group; ++head) {
       const T* q = a.query<T>(t.entry, kv_head, head);
       if (t.rows) {
-        const T* rows = open_rows(t, page[0]);
         float s[2];
         RowScorer<T, 0>(q, a.d).score(rows + min(g, n - 1) * a.d, rows + min(g + 8, n - 1) * a.d, s[0], s[1]);
         Mass m{g < n ? s[0] * scale[0] : kNegInf, g < n ? 1.0f : 0.0f};
@@ -243,17 +254,19 @@ struct Scorer {
         continue;
       }
 #pragma unroll 1
-      for (int i = 0; i < 2; ++i) {
-        const int j = kTile * t.index + 8 * i + g;
-        const int64_t slot = slot_of(cluster_of(t, i), page[i]);
+      for (int i = g; i < kTile; i += 8) {
+        const int j = kTile * t.index + i, at = min(j, t.of.n_cluster - 1);
+        const int64_t slot = slot_of(page_at(t, t.of.first_page + a.page_of_cluster(at)), at);
         float m = 0, wide = 0;
         for (int x = c; x < a.d; x += 4) {
           const float y = to_float(q[x]);
           m = fmaf(y, f8_to_float(a.centroid[slot * a.d + x]), m), wide = fmaf(y * y, f8_to_float(a.variance[slot * a.d + x]), wide);
         }
         m = warp_sum<4>(m), wide = warp_sum<4>(wide);
-        if (c == 0) put_cluster(t, head, j, a.range[slot].y, m * scale[0], wide * scale[1]);
-        if (c == 0 && head == 0) put_first_row(t, j, a.range[slot]);
+        if (c != 0) continue;
+        const int2 range = a.range[slot];
+        put_cluster(to, head, i, range.y, __log2f(static_cast<float>(range.y)), m * scale[0], wide * scale[1]);
+        if (head == 0) put_first_row(t, j, range);
       }
     }
   }
@@ -261,45 +274,57 @@ struct Scorer {
   __device__ void run() {
     pdl_launch();
     const Tiles tiles(a, blockIdx.y * 32);
-    bool waited = false;  // the index changes between steps only: it may be read before the kernels ahead of this one are done
-    const auto wait = [&] {
-      if (!waited) pdl_wait();
-      waited = true;
-    };
+    Cursor now{};
+    now.position = unit;
     if constexpr (D > 0) {
-      Tiles::At ahead;  // the next tile to be fetched; its pages are on their way
-      int page[2], next = unit, entry = -1;
-      const auto look_ahead = [&] {
-        if (next >= tiles.total) return;
-        ahead = tiles.at(next);
-        page[0] = page_of(ahead, 0), page[1] = page_of(ahead, 1);
+      bool waited = false;  // the index changes between steps only: it may be read before the kernels ahead of this one are done
+      const auto wait = [&] {
+        if (!waited) pdl_wait();
+        waited = true;
       };
-      look_ahead();
+      if (lane == 0)
+        for (int i = 0; i < kStages; ++i) mbar_init(full + i, 1);
+      mbar_init_fence();
+      Cursor next = now;  // the tile to be fetched; its pages are on their way
+      next.find(tiles);
+      int64_t page = next.position < tiles.total ? page_of(next) : 0;
+      int stage = 0, entry = -1;
+      uint32_t parity = 0;
+      now.position -= kStages * a.n_unit;
 #pragma unroll 1
-      for (int position = unit - kStages * a.n_unit, stage = 0; position < tiles.total; position += a.n_unit) {
-        if (position >= 0) {
-          const Tiles::At t = tiles.at(position);
+      for (; now.position < tiles.total; now.position += a.n_unit) {
+        if (now.position >= 0) {
+          now.find(tiles);
           wait();
-          if (t.entry != entry) load_queries(entry = t.entry);
+          if (now.entry != entry) load_queries(entry = now.entry);
           cp_async_wait<kStages - 1>();
-          if (t.rows) score_rows(t, stage);
-          else score_clusters(t, stage);
+          __syncwarp();
+          mbar_wait(full + stage, parity);
+          if (now.rows) score_rows(now, stage);
+          else score_clusters(now, stage);
         }
-        if (next < tiles.total) {
-          if (ahead.rows) wait();
-          fetch(ahead, page, stage);
+        if (next.position < tiles.total) {
+          if (next.rows) wait();
+          fetch(next, page, stage);
         }
         cp_async_commit();
-        next += a.n_unit;
-        look_ahead();
-        stage = stage + 1 == kStages ? 0 : stage + 1;
+        next.position += a.n_unit;
+        next.find(tiles);
+        if (next.position < tiles.total) page = page_of(next);
+        if (++stage == kStages) {
+          stage = 0;
+          if (now.position >= 0) parity ^= 1;
+        }
       }
+      wait();  // a kernel that nobody waits in would let the next one start too early
     } else {
-      wait();
+      pdl_wait();
 #pragma unroll 1
-      for (int position = unit; position < tiles.total; position += a.n_unit) score_plainly(tiles.at(position));
+      for (; now.position < tiles.total; now.position += a.n_unit) {
+        now.find(tiles);
+        score_plainly(now);
+      }
     }
-    wait();  // a kernel that nobody waits in would let the next one start too early
   }
 };
 
