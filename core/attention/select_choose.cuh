@@ -67,7 +67,8 @@ __device__ __forceinline__ int2 block_scan(int2 x, int2* room, int2& total) {
 template <class T, int D>
 struct Chooser {
   const SelectArgs& a;
-  const int rank = blockIdx.x, blocks = gridDim.x, kv_head = blockIdx.y, entry = blockIdx.z, tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+  const int rank = blockIdx.x, blocks = gridDim.x, kv_head = blockIdx.y, entry = blockIdx.z, tid = threadIdx.x, warp = tid / 32,
+            lane = tid % 32;
   const Entry e;
   ChooseShared& s;
   uint32_t* chosen;      // bitmap of the union; the first block's counts

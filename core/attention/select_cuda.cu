@@ -24,15 +24,15 @@ __global__ void __launch_bounds__(kThreads, 1) choose_kernel(const __grid_consta
   pdl_wait();
   pdl_launch();
   cluster_wait_block();  // all blocks are there and have set up their memory
-  const int group = 1 << (32 - __clz(a.group - 1)), n_block = !kFit && a.searched && x.e.n_cluster > 0 ? max(x.blocks / group, 1) : 1;
+  const int log_share = !kFit && a.searched && x.e.n_cluster > 0 ? a.log_share : 0, n_block = 1 << log_share;  // blocks of a query head
 #pragma unroll 1
-  for (int head = x.rank / n_block; head < a.group; head += x.blocks / n_block) {
+  for (int head = x.rank >> log_share; head < a.group; head += x.blocks >> log_share) {
     if (x.e.n_cluster == 0 || !a.searched) x.take_all(head);
     else if constexpr (kFit) x.choose(head);
-    else x.choose(head, x.rank % n_block, n_block);
+    else x.choose(head, x.rank & (n_block - 1), n_block);
     __syncthreads();
   }
-  if (n_block > 1 && x.rank / n_block >= a.group) cluster_arrive_block(), cluster_wait_block();  // with the others, who count
+  if (n_block > 1 && x.rank >> log_share >= a.group) cluster_arrive_block(), cluster_wait_block();  // with the others, who count
   cluster_arrive_block();
   if (x.rank != 0) return;
   cluster_wait_block();
@@ -58,15 +58,18 @@ void run(const CudaStream& stream, SelectArgs a) {
   launch(stream, score_kernel<T, D>, grid, dim3(static_cast<uint32_t>(warps * 32)), int64_t{warps} * Scorer<T, D>::smem(a.group), a);
   // As many blocks as the SMs take at once.
   int blocks = stream.arch >= 90 ? 8 : 1;
-  while (blocks > 1 && int64_t{a.h_kv} * a.n_entry * blocks > 2 * stream.n_sm) blocks /= 2;
+  while (blocks > 1 && int64_t{a.h_kv} * a.n_entry * blocks > stream.n_sm) blocks /= 2;
+  while (a.group << a.log_share < blocks) ++a.log_share;
+  if (a.group << a.log_share > blocks && a.log_share > 0) --a.log_share;
   a.in_shared = true;
   a.in_shared = Chooser<T, D>::smem(a) <= stream.smem_per_block;
   check(Chooser<T, D>::smem(a) <= stream.smem_per_block, "select: ", a.room, " clusters do not fit into shared memory");
-  launch_clusters(stream, choose_kernel<T, D, kFit>, dim3(static_cast<uint32_t>(blocks), static_cast<uint32_t>(a.h_kv), static_cast<uint32_t>(a.n_entry)),
-                  dim3(kThreads), Chooser<T, D>::smem(a), blocks, a);
+  launch_clusters(stream, choose_kernel<T, D, kFit>,
+                  dim3(static_cast<uint32_t>(blocks), static_cast<uint32_t>(a.h_kv), static_cast<uint32_t>(a.n_entry)), dim3(kThreads),
+                  Chooser<T, D>::smem(a), blocks, a);
   if (a.true_mass)
-    launch(stream, measure_kernel<T, D>, dim3(static_cast<uint32_t>(a.group), static_cast<uint32_t>(a.h_kv), static_cast<uint32_t>(a.n_entry)),
-           dim3(kThreads), 0, a);
+    launch(stream, measure_kernel<T, D>,
+           dim3(static_cast<uint32_t>(a.group), static_cast<uint32_t>(a.h_kv), static_cast<uint32_t>(a.n_entry)), dim3(kThreads), 0, a);
 }
 
 int64_t room_of(int64_t max_pages, int64_t n_slot) { return (max_pages * n_slot + kTile - 1) / kTile * kTile; }

@@ -51,6 +51,7 @@ struct SelectArgs {
   uint32_t per_slot;  // 2^31 / n_slot, and 1
   float scale, p, fraction;
   float log_odds;  // log2(p / (1 - p))
+  int32_t log_share;   // blocks of a query head in the second launch
   bool fit, searched, in_shared;  // in_shared: page numbers, first rows and keys fit into a block's shared memory
 
   __device__ int64_t head(int entry, int kv_head, int head) const { return (int64_t{entry} * h_kv + kv_head) * group + head; }

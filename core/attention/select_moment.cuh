@@ -10,12 +10,17 @@
 
 namespace prt::cuda::selecting {
 
+#ifndef PRT_REHEARSE
+#define PRT_REHEARSE 1
+#endif
+constexpr bool kRehearse = PRT_REHEARSE;
+
 template <class T, int D>
 struct Moment : Chooser<T, D> {
   using Base = Chooser<T, D>;
   using Base::a, Base::begin, Base::e, Base::keys, Base::s, Base::tid, Base::warp, Base::lane;
   enum class Weight { one, rows, estimate };
-  static constexpr int kCoarse = 256, kFew = 16, kPartRows = 8;
+  static constexpr int kCoarse = 256, kFew = 16, kLogRows = 3;
 
   __device__ Moment(const SelectArgs& args, uint4* shared) : Base(args, shared) {}
 
@@ -87,9 +92,14 @@ struct Moment : Chooser<T, D> {
       if (before > kExact) last = min(last, 8 * lane + i);
     }
     last = __reduce_min_sync(kWarp, last);
-    if (bin_of(nearest) <= last)
+    // The lowest key of that bin; the last one is open.
+    const uint32_t far = static_cast<uint32_t>(__uint_as_float(static_cast<uint32_t>(last + 1 + (135 << 4)) << 19)) - 256;
+    const int least = last == kCoarse - 1 || far > static_cast<uint32_t>(high) - static_cast<uint32_t>(kEmpty + 1)
+                          ? kEmpty + 1
+                          : high - static_cast<int>(far) + 1;
+    if (nearest >= least)
       each_key([&](int j, int k) {
-        if (bin_of(k) > last) return;
+        if (k < least) return;
         const int at = atomicAdd(&s.n_list, 1);
         if (at < kList) s.list[at] = order_of(k, j);
       });
@@ -133,10 +143,10 @@ struct Moment : Chooser<T, D> {
     __syncthreads();
   }
 
-  // ---- how the rows of the first clusters are dealt out, as every warp finds by itself: in parts of kPartRows, or of twice as many until
+  // ---- how the rows of the first clusters are dealt out, as every warp finds by itself: in parts of 8, or of twice as many until
   // there is room. A lane knows two clusters.
   struct Deal {
-    int rows[2], parts[2], before, size;  // before: parts of lanes before this one
+    int rows[2], parts[2], before, log_size;  // before: parts of lanes before this one
     int n_exact;
   };
   __device__ Deal deal() const {
@@ -144,8 +154,8 @@ struct Moment : Chooser<T, D> {
     const int2 n = *reinterpret_cast<const int2*>(s.rows + 2 * lane);
     d.rows[0] = n.x, d.rows[1] = n.y;
     int sum;
-    for (d.size = kPartRows;; d.size *= 2) {
-      d.parts[0] = (n.x + d.size - 1) / d.size, d.parts[1] = (n.y + d.size - 1) / d.size;
+    for (d.log_size = kLogRows;; ++d.log_size) {
+      d.parts[0] = (n.x + (1 << d.log_size) - 1) >> d.log_size, d.parts[1] = (n.y + (1 << d.log_size) - 1) >> d.log_size;
       sum = scan_warp(d.parts[0] + d.parts[1]);
       if (__shfl_sync(kWarp, sum, 31) <= kParts) break;
     }
@@ -163,8 +173,8 @@ struct Moment : Chooser<T, D> {
     const int2 first = *reinterpret_cast<const int2*>(s.first + 2 * owner), rows = *reinterpret_cast<const int2*>(s.rows + 2 * owner);
     const int at = i - __shfl_sync(kWarp, d.before, owner), here = __shfl_sync(kWarp, d.parts[0], owner);
     const bool second = at >= here;
-    const int skip = (second ? at - here : at) * d.size;
-    return {(second ? first.y : first.x) + skip, min(d.size, (second ? rows.y : rows.x) - skip)};
+    const int skip = (second ? at - here : at) << d.log_size;
+    return {(second ? first.y : first.x) + skip, min(1 << d.log_size, (second ? rows.y : rows.x) - skip)};
   }
 
   // ---- count: this block's share of the parts from .. end; sums go to the block `to`. On the way of the first keys: what all other
@@ -192,7 +202,7 @@ struct Moment : Chooser<T, D> {
         q.score(k, score[0], score[1]);
         if (r < x.y) m[0].add({score[0] * (a.scale * kLog2e), 1});
         if (r < y.y) m[1].add({score[1] * (a.scale * kLog2e), 1});
-        r += kPartRows;
+        r += 1 << kLogRows;
         if (r - lane / 4 >= max(x.y, y.y)) break;
         q.load(k, this->key_row(x.x + min(r, x.y - 1)), this->key_row(y.x + min(r, max(y.y - 1, 0))));
       }
@@ -237,9 +247,12 @@ struct Moment : Chooser<T, D> {
     for (int i = 0; i < 2; ++i) {
       const int at = 2 * lane + i, part = d.before + i * d.parts[0];
       guess[i] = at < m ? static_cast<float>(key_of(s.order[at])) * 0x1p-16f + __log2f(static_cast<float>(d.rows[i])) : kNegInf;
-      if (at < upto)
-#pragma unroll 1
-        for (int p = part; p < part + d.parts[i]; ++p) exact[i].add({s.mass[p].x, s.mass[p].y});
+      if (at < upto) {
+#pragma unroll 2
+        for (int p = part; p < part + d.parts[i]; ++p) exact[i].top = fmaxf(exact[i].top, s.mass[p].x);
+#pragma unroll 2
+        for (int p = part; p < part + d.parts[i]; ++p) exact[i].total += s.mass[p].y * pow2(s.mass[p].x - exact[i].top);
+      }
       top = fmaxf(top, exact[i].top), most = fmaxf(most, guess[i]);
     }
     top = warp_max(top), most = warp_max(most);
@@ -261,15 +274,19 @@ struct Moment : Chooser<T, D> {
     if (lane == 31) after = 0;
     const float outside = s.open.y > 0 ? s.open.y * pow2(s.open.x - top) : 0, behind_all = behind.under(most);
     // log2 of what is left over what is taken, if it ends before a lane's first, or its second
-    const auto odds = [&](float rest_of, float taken_of) { return rest_of > 0 ? most + __log2f(rest_of) - top - __log2f(taken_of) : kNegInf; };
-    const float against[2] = {odds(left + behind_all, outside + before), odds(estimate[1] + after + behind_all, outside + before + mass[0])};
+    const auto odds = [&](float rest_of, float taken_of) {
+      return rest_of > 0 ? most + __log2f(rest_of) - top - __log2f(taken_of) : kNegInf;
+    };
+    const float against[2] = {odds(left + behind_all, outside + before),
+                              odds(estimate[1] + after + behind_all, outside + before + mass[0])};
     const auto enough = [&](int i) {
       if (2 * lane + i > min(m, upto) || 2 * lane + i == kExact) return false;
       if (a.fraction > 0) return (i == 0 ? before_rows : before_rows + d.rows[0]) >= want_rows || 2 * lane + i == m;
       return -against[i] >= a.log_odds;
     };
     const uint32_t stop0 = __ballot_sync(kWarp, enough(0)), stop1 = __ballot_sync(kWarp, enough(1));
-    const int n = min(stop0 ? 2 * (__ffs(static_cast<int>(stop0)) - 1) : INT_MAX, stop1 ? 2 * (__ffs(static_cast<int>(stop1)) - 1) + 1 : INT_MAX);
+    const int n =
+        min(stop0 ? 2 * (__ffs(static_cast<int>(stop0)) - 1) : INT_MAX, stop1 ? 2 * (__ffs(static_cast<int>(stop1)) - 1) + 1 : INT_MAX);
     if (n < INT_MAX) {
       if (lane == n / 2) s.n_taken = n, s.want = 0, s.share = 1 / (1 + pow2(n % 2 ? against[1] : against[0]));
       return;
@@ -284,7 +301,9 @@ struct Moment : Chooser<T, D> {
     const float worth = top + __log2f(counted) - most - __log2f(estimated);
     s.weighs = behind_all > 0 ? odds(behind_all, outside + counted) + worth : kNegInf;
     s.share = 1 / (1 + pow2(s.weighs));
-    s.want = a.fraction > 0 ? fmaxf(static_cast<float>(want_rows - n_rows), 0) : -s.weighs >= a.log_odds ? 0 : a.p - (1 - a.p) * pow2(-s.weighs);
+    s.want = a.fraction > 0            ? fmaxf(static_cast<float>(want_rows - n_rows), 0)
+             : -s.weighs >= a.log_odds ? 0
+                                       : a.p - (1 - a.p) * pow2(-s.weighs);
   }
 
   // ---- the shortest stretch of the ranking from `from` on whose weights reach `want`: -> its end, or kAll
@@ -305,16 +324,16 @@ struct Moment : Chooser<T, D> {
       __syncthreads();
       x.each_key([&](int j, int k) {
         const uint64_t o = order_of(k, j);
-        if (k != kEmpty && o >= from && o < until) atomicAdd(s.histogram + min((o - from) >> shift, uint64_t{kBins - 1}), x.weight(j, k, kind, unit));
+        if (k != kEmpty && o >= from && o < until)
+          atomicAdd(s.histogram + min((o - from) >> shift, uint64_t{kBins - 1}), x.weight(j, k, kind, unit));
       });
       __syncthreads();
       constexpr int kEach = kBins / kThreads;
-      const uint4 mine = reinterpret_cast<const uint4*>(s.histogram)[tid];
-      static_assert(kEach == 4);
-      uint64_t total, before = base + block_scan(uint64_t{mine.x} + mine.y + mine.z + mine.w, s.scan, total);
-#pragma unroll
+      uint64_t total, here = 0;
+      for (int i = 0; i < kEach; ++i) here += s.histogram[tid * kEach + i];
+      uint64_t before = base + block_scan(here, s.scan, total);
       for (int i = 0; i < kEach; ++i) {
-        const uint32_t w = i == 0 ? mine.x : i == 1 ? mine.y : i == 2 ? mine.z : mine.w;
+        const uint32_t w = s.histogram[tid * kEach + i];
         if (before < want && want <= before + w) s.found[0] = static_cast<uint64_t>(tid * kEach + i), s.found[1] = before;
         before += w;
       }
@@ -396,8 +415,14 @@ struct Moment : Chooser<T, D> {
     for (;;) {
       const int end = parts_before(d, upto);
       count(q, d, from, end, block, n_block, first_block, from == 0);
-      if (n_block > 1) cluster_arrive_block(), cluster_wait_block();
-      else __syncthreads();
+      if (n_block > 1) {
+        cluster_arrive_block();
+        if (kRehearse && block == 0 && warp == 0)
+          decide(d, upto, n_block, want_rows);  // brings its code near while others are still counting
+        cluster_wait_block();
+      } else {
+        __syncthreads();
+      }
       if (block > 0) return;
       if (warp == 0) decide(d, upto, n_block, want_rows);
       __syncthreads();

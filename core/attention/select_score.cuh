@@ -74,9 +74,9 @@ struct Scorer {
   const SelectArgs& a;
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   int kv_head, unit;
-  char* memory;     // of this warp: its stages, then q and q^2 of the group in f16, and q
-  uint64_t* full;   // barriers of the stages
-  float scale[2];   // of head `lane`: what a product with q, with q^2 is to be multiplied by
+  char* memory;  // of this warp: its stages, then q and q^2 of the group in f16, and q
+  uint64_t* full;  // barriers of the stages
+  float scale[2];  // of head `lane`: what a product with q, with q^2 is to be multiplied by
 
   __device__ explicit Scorer(const SelectArgs& args) : a(args) {
     extern __shared__ uint4 shared[];
@@ -87,7 +87,9 @@ struct Scorer {
     scale[0] = a.scale * kLog2e, scale[1] = a.fit ? 0 : 0.5f * a.scale * a.scale * kLog2e;
   }
   __device__ int64_t page_at(const Cursor& t, int page) const { return a.page_table[t.entry * a.table_stride + page]; }
-  __device__ int64_t slot_of(int64_t page, int j) const { return (page * a.h_kv + kv_head) * a.n_slot + (j - a.page_of_cluster(j) * a.n_slot); }
+  __device__ int64_t slot_of(int64_t page, int j) const {
+    return (page * a.h_kv + kv_head) * a.n_slot + (j - a.page_of_cluster(j) * a.n_slot);
+  }
   __device__ const T* open_rows(const Cursor& t, int64_t page) const {
     return static_cast<const T*>(a.k) + ((page * a.h_kv + kv_head) * kPage + t.of.open_row(t.index) % kPage) * a.d;
   }
