@@ -124,28 +124,31 @@ struct Scorer {
 #pragma unroll 1
     for (int head0 = 0; head0 < a.group; head0 += kBatch) {
       Words raw[kBatch];
+      float most = 0;
 #pragma unroll
       for (int h = 0; h < kBatch; ++h)
         raw[h] = *reinterpret_cast<const Words*>(a.query<T>(entry, kv_head, min(head0 + h, a.group - 1)) + kEach * lane);
 #pragma unroll
-      for (int h = 0; h < kBatch; ++h) {
-        float x[kEach > 0 ? kEach : 1], most = 0;
+      for (int h = 0; h < kBatch; ++h)
 #pragma unroll
-        for (int i = 0; i < kEach; ++i) x[i] = to_float(raw[h].part[0].v[i]), most = fmaxf(most, fabsf(x[i]));
-        most = warp_max(most);
-        // Over a power of two above all elements: the squares must not leave the range of f16.
-        const uint32_t exponent = min(max((__float_as_uint(most) >> 23) + 1, 67u), 187u);
-        const float up = __uint_as_float(exponent << 23), down = __uint_as_float((254 - exponent) << 23);
-        const int head = head0 + h;
-        if (head >= a.group) break;
+        for (int i = 0; i < kEach; ++i) most = fmaxf(most, fabsf(to_float(raw[h].part[0].v[i])));
+      most = warp_max(most);
+      // Over a power of two above all elements: the squares must not leave the range of f16.
+      const uint32_t exponent = min(max((__float_as_uint(most) >> 23) + 1, 67u), 187u);
+      const float up = __uint_as_float(exponent << 23), down = __uint_as_float((254 - exponent) << 23);
+      if (lane >= head0 && lane < head0 + kBatch)
+        scale[0] = a.scale * kLog2e * up, scale[1] = a.fit ? 0 : 0.5f * (a.scale * up) * (a.scale * up) * kLog2e;
+#pragma unroll
+      for (int h = 0; h < kBatch; ++h) {
+        if (head0 + h >= a.group) break;
+        char *q = query(0, head0 + h) + 2 * kEach * lane, *square = query(1, head0 + h) + 2 * kEach * lane;
 #pragma unroll
         for (int i = 0; i < kEach; i += 2) {
-          const float y0 = x[i] * down, y1 = x[i + 1] * down;
-          reinterpret_cast<uint32_t*>(query(0, head) + 2 * kEach * lane)[i / 2] = pack2<f16>(y0, y1);
-          reinterpret_cast<uint32_t*>(query(1, head) + 2 * kEach * lane)[i / 2] = pack2<f16>(y0 * y0, y1 * y1);
+          const float y0 = to_float(raw[h].part[0].v[i]) * down, y1 = to_float(raw[h].part[0].v[i + 1]) * down;
+          reinterpret_cast<uint32_t*>(q)[i / 2] = pack2<f16>(y0, y1);
+          reinterpret_cast<uint32_t*>(square)[i / 2] = pack2<f16>(y0 * y0, y1 * y1);
         }
-        *reinterpret_cast<Words*>(query(2, head) + 2 * kEach * lane) = raw[h];
-        if (lane == head % 32) scale[0] = a.scale * kLog2e * up, scale[1] = a.fit ? 0 : 0.5f * (a.scale * up) * (a.scale * up) * kLog2e;
+        *reinterpret_cast<Words*>(query(2, head0 + h) + 2 * kEach * lane) = raw[h];
       }
     }
     __syncwarp();
