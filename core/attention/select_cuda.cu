@@ -104,7 +104,7 @@ void select(const CudaStream& stream, const Select& x) {
   a.n_entry = static_cast<int32_t>(n_entry), a.h_kv = static_cast<int32_t>(h_kv), a.group = static_cast<int32_t>(group);
   a.d = static_cast<int32_t>(d), a.n_slot = static_cast<int32_t>(n_slot);
   a.per_slot = static_cast<uint32_t>((int64_t{1} << 31) / n_slot + 1);
-  a.room = static_cast<int32_t>(room_of(max_pages, n_slot)), a.piece = static_cast<int32_t>(kTile % n_slot == 0 ? n_slot : 1);
+  a.room = static_cast<int32_t>(room_of(max_pages, n_slot));
   a.n_table = static_cast<int32_t>((max_pages + 3) / 4 * 4);
   a.sorted = x.scratch.as<uint64_t>(), a.open = reinterpret_cast<float2*>(a.sorted + n * a.room);
   a.keys = reinterpret_cast<int32_t*>(a.open + n * most_units(stream, h_kv)), a.sorted_mass = reinterpret_cast<float*>(a.keys + n * a.room);
@@ -113,14 +113,15 @@ void select(const CudaStream& stream, const Select& x) {
   a.log_odds = x.p < 1 ? static_cast<float>(std::log2(x.p / (1 - static_cast<double>(x.p)))) : INFINITY;
   a.fit = x.estimator == Estimator::fit, a.searched = x.p < 1 || x.fraction > 0;
   if (a.fit) a.variance = a.centroid;  // goes with a factor of 0
-  const bool fast = stream.arch >= 90 && reinterpret_cast<uintptr_t>(x.k_pages.data) % 16 == 0 && in_pieces(x.q, 8) &&
-                    (reinterpret_cast<uintptr_t>(x.index.centroid.data) | reinterpret_cast<uintptr_t>(x.index.variance.data)) % 16 == 0;
+  const auto any = reinterpret_cast<uintptr_t>(x.k_pages.data) | reinterpret_cast<uintptr_t>(x.index.centroid.data) |
+                   reinterpret_cast<uintptr_t>(x.index.variance.data);
+  const bool aligned = any % 16 == 0 && in_pieces(x.q, 8);
   with_dtype(x.k_pages.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (a.fit) return run<T, 0, true>(stream, a);
     if constexpr (!std::is_same_v<T, float>) {
-      if (fast && d == 128) return run<T, 128, false>(stream, a);
-      if (fast && d == 64) return run<T, 64, false>(stream, a);
+      if (aligned && d == 128) return run<T, 128, false>(stream, a);
+      if (aligned && d == 64) return run<T, 64, false>(stream, a);
     }
     run<T, 0, false>(stream, a);
   });

@@ -46,7 +46,6 @@ struct SelectArgs {
   int32_t n_entry, h_kv, group, d, n_slot;
   int32_t room;       // clusters that an entry may have, rounded up to a tile
   int32_t n_unit;     // warps of a kv head in the first launch
-  int32_t piece;      // clusters that lie together, of a tile
   int32_t n_table;    // pages, rounded up to 4
   uint32_t per_slot;  // 2^31 / n_slot, and 1
   float scale, p, fraction;

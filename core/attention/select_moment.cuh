@@ -10,11 +10,6 @@
 
 namespace prt::cuda::selecting {
 
-#ifndef PRT_REHEARSE
-#define PRT_REHEARSE 1
-#endif
-constexpr bool kRehearse = PRT_REHEARSE;
-
 template <class T, int D>
 struct Moment : Chooser<T, D> {
   using Base = Chooser<T, D>;
@@ -415,14 +410,8 @@ struct Moment : Chooser<T, D> {
     for (;;) {
       const int end = parts_before(d, upto);
       count(q, d, from, end, block, n_block, first_block, from == 0);
-      if (n_block > 1) {
-        cluster_arrive_block();
-        if (kRehearse && block == 0 && warp == 0)
-          decide(d, upto, n_block, want_rows);  // brings its code near while others are still counting
-        cluster_wait_block();
-      } else {
-        __syncthreads();
-      }
+      if (n_block > 1) cluster_arrive_block(), cluster_wait_block();
+      else __syncthreads();
       if (block > 0) return;
       if (warp == 0) decide(d, upto, n_block, want_rows);
       __syncthreads();

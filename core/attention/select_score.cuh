@@ -20,6 +20,15 @@ __device__ __forceinline__ uint32_t f8_to_f16(uint32_t x) {
 #endif
   return y;
 }
+// Four f8 as f16: the first two, the others. Or, by shifts, which other units do: the first and the third, the second and the fourth, times
+// 2^-8, and for the variance without a sign.
+__device__ constexpr bool by_shifts(int which) { return which == 1; }  // 0: centroid, 1: variance
+__device__ __forceinline__ uint2 unpack(int which, uint32_t x) {
+  if (!by_shifts(which)) return {f8_to_f16(x), f8_to_f16(x >> 16)};
+  uint2 y{x << 7 & 0x3f803f80, x >> 1 & 0x3f803f80};
+  if (which == 0) y.x |= x << 8 & 0x80008000, y.y |= x & 0x80008000;
+  return y;
+}
 __device__ __forceinline__ float f8_to_float(uint8_t x) {
   const uint32_t y = f8_to_f16(x);
   return __low2float(*reinterpret_cast<const __half2*>(&y));
@@ -66,57 +75,75 @@ struct Cursor {
 
 template <class T, int D>
 struct Scorer {
-  // A stage: 16 centroids and 16 variances, or 16 rows; behind them the ranges of the clusters.
-  static constexpr int kBytes = kTile * D * 2, kStage = kBytes + 512, kStages = D > 64 ? kDeep : 2 * kDeep;
+  // A stage holds, for each lane, what it will read itself: of a tile 2 centroids and 2 variances, or 2 rows, and 2 ranges.
+  static constexpr int kPieces = D / 16, kStage = kPieces * 512 + 512, kStages = D > 64 ? kDeep : 2 * kDeep;
   static constexpr int kPitch = (D + 8) * 2;  // bytes of a query, so that 8 lanes read from different banks
-  static int smem(int group) { return D > 0 ? kStages * (kStage + 16) + 3 * group * kPitch : 0; }  // of a warp
+  static int smem(int group) { return D > 0 ? kStages * kStage + 3 * group * kPitch : 0; }  // of a warp
 
   const SelectArgs& a;
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   int kv_head, unit;
   char* memory;  // of this warp: its stages, then q and q^2 of the group in f16, and q
-  uint64_t* full;  // barriers of the stages
   float scale[2];  // of head `lane`: what a product with q, with q^2 is to be multiplied by
 
   __device__ explicit Scorer(const SelectArgs& args) : a(args) {
     extern __shared__ uint4 shared[];
     const int warp = threadIdx.x / 32, at = blockIdx.x * (blockDim.x / 32) + warp;
     kv_head = at % a.h_kv, unit = at / a.h_kv;
-    memory = reinterpret_cast<char*>(shared) + warp * (kStages * (kStage + 16) + 3 * a.group * kPitch);
-    full = reinterpret_cast<uint64_t*>(memory + kStages * kStage);
+    memory = reinterpret_cast<char*>(shared) + warp * (kStages * kStage + 3 * a.group * kPitch);
     scale[0] = a.scale * kLog2e, scale[1] = a.fit ? 0 : 0.5f * a.scale * a.scale * kLog2e;
   }
-  __device__ int64_t page_at(const Cursor& t, int page) const { return a.page_table[t.entry * a.table_stride + page]; }
-  __device__ int64_t slot_of(int64_t page, int j) const {
-    return (page * a.h_kv + kv_head) * a.n_slot + (j - a.page_of_cluster(j) * a.n_slot);
+  __device__ int page_at(const Cursor& t, int page) const { return a.page_table[t.entry * a.table_stride + page]; }
+  __device__ int64_t slot_of(int page, int j) const {
+    return (int64_t{page} * a.h_kv + kv_head) * a.n_slot + (j - a.page_of_cluster(j) * a.n_slot);
   }
-  __device__ const T* open_rows(const Cursor& t, int64_t page) const {
-    return static_cast<const T*>(a.k) + ((page * a.h_kv + kv_head) * kPage + t.of.open_row(t.index) % kPage) * a.d;
+  __device__ const T* open_rows(const Cursor& t, int page) const {
+    return static_cast<const T*>(a.k) + ((int64_t{page} * a.h_kv + kv_head) * kPage + t.of.open_row(t.index) % kPage) * a.d;
   }
 
-  // ---- a tile on its way to a stage: rows in one piece, clusters in pieces of `a.piece`, all slots of a page as a rule, by a lane each.
-  // What is past the end is the last piece again.
-  __device__ int piece_of(const Cursor& t) const { return min(kTile * t.index + min(lane * a.piece, kTile - 1), t.of.n_cluster - a.piece); }
-  __device__ int64_t page_of(const Cursor& t) const {
-    return page_at(t, t.rows ? t.of.open_row(t.index) / kPage : t.of.first_page + a.page_of_cluster(piece_of(t)));
+  // ---- a tile on its way to a stage. What is past the end is the last one again.
+  __device__ int cluster_of(const Cursor& t, int i) const { return min(kTile * t.index + 8 * i + g, t.of.n_cluster - 1); }
+  __device__ void find_pages(const Cursor& t, int (&page)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      page[i] = page_at(t, t.rows ? t.of.open_row(t.index) / kPage : t.of.first_page + a.page_of_cluster(cluster_of(t, i)));
   }
-  __device__ void fetch(const Cursor& t, int64_t page, int stage) const {
-    char* to = memory + stage * kStage;
-    __syncwarp();  // all have read what was there
-    if (lane == 0) mbar_expect(full + stage, kBytes);
-    __syncwarp();
+  __device__ void fetch(const Cursor& t, const int (&page)[2], int stage) const {
+    const uint32_t at = smem_addr(memory + stage * kStage), to = at + lane * 16;
     if (t.rows) {
-      if (lane == 0) bulk_load(to, open_rows(t, page), kBytes, full + stage);
+      const T* row = open_rows(t, page[0]) + 8 * c;
+      const int last = t.of.len - t.of.open_row(t.index) - 1;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int x = 0; x < D / 32; ++x) cp_async_16(to + (i * D / 32 + x) * 512, row + min(8 * i + g, last) * D + 32 * x);
       return;
     }
-    if (lane * a.piece >= kTile) return;
-    const int64_t slot = slot_of(page, piece_of(t));
-    const uint32_t bytes = static_cast<uint32_t>(a.piece * D);
-    bulk_load(to + lane * bytes, a.centroid + slot * D, bytes, full + stage, kCacheEvictFirst);
-    bulk_load(to + kTile * D + lane * bytes, a.variance + slot * D, bytes, full + stage, kCacheEvictFirst);
-    for (int i = 0; i < a.piece; ++i) cp_async_8(smem_addr(to + kBytes) + (lane * a.piece + i) * 8, a.range + slot + i);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t slot = slot_of(page[i], cluster_of(t, i));
+#pragma unroll
+      for (int x = 0; x < D / 64; ++x) {
+        cp_async_16(to + (i * D / 64 + x) * 512, a.centroid + slot * D + 64 * x + 16 * c);
+        cp_async_16(to + ((2 + i) * D / 64 + x) * 512, a.variance + slot * D + 64 * x + 16 * c);
+      }
+      cp_async_8(at + kPieces * 512 + (32 * i + lane) * 8, a.range + slot);
+    }
   }
-  __device__ char* query(int which, int head) const { return memory + kStages * (kStage + 16) + (which * a.group + head) * kPitch; }
+  __device__ uint4 piece(int stage, int i) const { return reinterpret_cast<const uint4*>(memory + stage * kStage)[32 * i + lane]; }
+  __device__ char* query(int which, int head) const { return memory + kStages * kStage + (which * a.group + head) * kPitch; }
+  template <int N>
+  __device__ void put_query(int which, int head,
+                            const float (&y)[N]) const {  // N neighbours of each lane, in the order that unpack() gives
+    uint32_t* to = reinterpret_cast<uint32_t*>(query(which, head) + 2 * N * lane);
+    if constexpr (N == 4) {
+      to[0] = by_shifts(which) ? pack2<f16>(y[0], y[2]) : pack2<f16>(y[0], y[1]);
+      to[1] = by_shifts(which) ? pack2<f16>(y[1], y[3]) : pack2<f16>(y[2], y[3]);
+    } else if constexpr (N == 2) {
+      const float other = __shfl_xor_sync(kWarp, lane % 2 == 0 ? y[1] : y[0], 1);
+      *to = !by_shifts(which) ? pack2<f16>(y[0], y[1]) : lane % 2 == 0 ? pack2<f16>(y[0], other) : pack2<f16>(other, y[1]);
+    }
+  }
   __device__ void load_queries(int entry) {
     constexpr int kEach = D / 32, kBatch = 4;  // dimensions of a lane; heads whose queries are on their way together
     using Words = Pack<(kEach > 0 ? kEach : 2), T>;
@@ -137,17 +164,18 @@ struct Scorer {
       const uint32_t exponent = min(max((__float_as_uint(most) >> 23) + 1, 67u), 187u);
       const float up = __uint_as_float(exponent << 23), down = __uint_as_float((254 - exponent) << 23);
       if (lane >= head0 && lane < head0 + kBatch)
-        scale[0] = a.scale * kLog2e * up, scale[1] = a.fit ? 0 : 0.5f * (a.scale * up) * (a.scale * up) * kLog2e;
+        scale[0] = a.scale * kLog2e * up * (by_shifts(0) ? 256 : 1),
+        scale[1] = 0.5f * (a.scale * up) * (a.scale * up) * kLog2e * (by_shifts(1) ? 256 : 1);
 #pragma unroll
       for (int h = 0; h < kBatch; ++h) {
         if (head0 + h >= a.group) break;
-        char *q = query(0, head0 + h) + 2 * kEach * lane, *square = query(1, head0 + h) + 2 * kEach * lane;
+        float y[kEach > 0 ? kEach : 1];
 #pragma unroll
-        for (int i = 0; i < kEach; i += 2) {
-          const float y0 = to_float(raw[h].part[0].v[i]) * down, y1 = to_float(raw[h].part[0].v[i + 1]) * down;
-          reinterpret_cast<uint32_t*>(q)[i / 2] = pack2<f16>(y0, y1);
-          reinterpret_cast<uint32_t*>(square)[i / 2] = pack2<f16>(y0 * y0, y1 * y1);
-        }
+        for (int i = 0; i < kEach; ++i) y[i] = to_float(raw[h].part[0].v[i]) * down;
+        put_query(0, head0 + h, y);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) y[i] *= y[i];
+        put_query(1, head0 + h, y);
         *reinterpret_cast<Words*>(query(2, head0 + h) + 2 * kEach * lane) = raw[h];
       }
     }
@@ -182,8 +210,8 @@ struct Scorer {
   }
 
   __device__ void score_clusters(const Cursor& t, int stage) const {
-    const char* from = memory + stage * kStage;
-    const int2 range[2] = {reinterpret_cast<const int2*>(from + kBytes)[g], reinterpret_cast<const int2*>(from + kBytes)[g + 8]};
+    const int2* ranges = reinterpret_cast<const int2*>(memory + stage * kStage + kPieces * 512);
+    const int2 range[2] = {ranges[lane], ranges[32 + lane]};
     const float log_n[2] = {__log2f(static_cast<float>(range[0].y)), __log2f(static_cast<float>(range[1].y))};
     if (c < 2) put_first_row(t, kTile * t.index + 8 * c + g, c == 0 ? range[0] : range[1]);
     const Places to = places(t);
@@ -195,14 +223,14 @@ struct Scorer {
       for (int v = 0; v < 2; ++v)
 #pragma unroll
         for (int x = 0; x < D / 64; ++x) {
-          const uint4* k = reinterpret_cast<const uint4*>(from + v * kTile * D + g * D + 64 * x + 16 * c);
-          const uint4 k0 = k[0], k1 = k[8 * D / 16];
+          const uint4 k0 = piece(stage, 2 * v * D / 64 + x), k1 = piece(stage, (2 * v + 1) * D / 64 + x);
 #pragma unroll
           for (int y = 0; y < 2; ++y) {
             const uint4 q = reinterpret_cast<const uint4*>(query(v, column))[8 * x + 2 * c + y];
-            const uint32_t a0 = y ? k0.z : k0.x, a1 = y ? k1.z : k1.x, b0 = y ? k0.w : k0.y, b1 = y ? k1.w : k1.y;
-            mma_16816<f16>(sum[v], {f8_to_f16(a0), f8_to_f16(a1), f8_to_f16(a0 >> 16), f8_to_f16(a1 >> 16)}, q.x, q.y);
-            mma_16816<f16>(sum[v], {f8_to_f16(b0), f8_to_f16(b1), f8_to_f16(b0 >> 16), f8_to_f16(b1 >> 16)}, q.z, q.w);
+            const uint2 a0 = unpack(v, y ? k0.z : k0.x), a1 = unpack(v, y ? k1.z : k1.x), b0 = unpack(v, y ? k0.w : k0.y),
+                        b1 = unpack(v, y ? k1.w : k1.y);
+            mma_16816<f16>(sum[v], {a0.x, a1.x, a0.y, a1.y}, q.x, q.y);
+            mma_16816<f16>(sum[v], {b0.x, b1.x, b0.y, b1.y}, q.z, q.w);
           }
         }
 #pragma unroll
@@ -217,14 +245,13 @@ struct Scorer {
   }
   __device__ void score_rows(const Cursor& t, int stage) const {
     const int n = min(kTile, t.of.len - t.of.open_row(t.index));
-    const uint4* k = reinterpret_cast<const uint4*>(memory + stage * kStage + g * D * 2) + c;
 #pragma unroll 1
     for (int b = 0; b < a.group; b += 8) {
       const uint4* q = reinterpret_cast<const uint4*>(query(2, min(b + g, a.group - 1))) + c;
       float sum[4] = {};
 #pragma unroll
       for (int x = 0; x < D / 32; ++x) {
-        const uint4 k0 = k[4 * x], k1 = k[D + 4 * x], y = q[4 * x];
+        const uint4 k0 = piece(stage, x), k1 = piece(stage, D / 32 + x), y = q[4 * x];
         mma_16816<T>(sum, {k0.x, k1.x, k0.y, k1.y}, y.x, y.y);
         mma_16816<T>(sum, {k0.z, k1.z, k0.w, k1.w}, y.z, y.w);
       }
@@ -287,14 +314,10 @@ struct Scorer {
         if (!waited) pdl_wait();
         waited = true;
       };
-      if (lane == 0)
-        for (int i = 0; i < kStages; ++i) mbar_init(full + i, 1);
-      mbar_init_fence();
       Cursor next = now;  // the tile to be fetched; its pages are on their way
       next.find(tiles);
-      int64_t page = next.position < tiles.total ? page_of(next) : 0;
-      int stage = 0, entry = -1;
-      uint32_t parity = 0;
+      int page[2], stage = 0, entry = -1;
+      if (next.position < tiles.total) find_pages(next, page);
       now.position -= kStages * a.n_unit;
 #pragma unroll 1
       for (; now.position < tiles.total; now.position += a.n_unit) {
@@ -303,8 +326,6 @@ struct Scorer {
           wait();
           if (now.entry != entry) load_queries(entry = now.entry);
           cp_async_wait<kStages - 1>();
-          __syncwarp();
-          mbar_wait(full + stage, parity);
           if (now.rows) score_rows(now, stage);
           else score_clusters(now, stage);
         }
@@ -315,11 +336,8 @@ struct Scorer {
         cp_async_commit();
         next.position += a.n_unit;
         next.find(tiles);
-        if (next.position < tiles.total) page = page_of(next);
-        if (++stage == kStages) {
-          stage = 0;
-          if (now.position >= 0) parity ^= 1;
-        }
+        if (next.position < tiles.total) find_pages(next, page);
+        if (++stage == kStages) stage = 0;
       }
       wait();  // a kernel that nobody waits in would let the next one start too early
     } else {

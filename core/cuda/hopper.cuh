@@ -205,15 +205,6 @@ __device__ __forceinline__ void tma_load(void* dst, const CUtensorMap* map, uint
       : "memory");
 #endif
 }
-// Contiguous bytes, a multiple of 16; both addresses aligned to 16.
-__device__ __forceinline__ void bulk_load(void* dst, const void* src, uint32_t bytes, uint64_t* bar, uint64_t cache = kCacheNormal) {
-#ifdef PRT_SM90
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(smem_addr(dst)),
-      "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(smem_addr(bar)), "l"(cache)
-      : "memory");
-#endif
-}
 // Stores are grouped: tma_store..., bulk_commit(), and bulk_wait_read<n>() until all but the last n groups have left shared memory.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* src, int c0, int c1) {
 #ifdef PRT_SM90
