@@ -375,7 +375,7 @@ struct Sums {
 #pragma unroll
       for (int t = 0; t < D / 16; t += 2) {
         uint32_t x[4];
-        ldmatrix_x4_trans(x, smem_address(slice) + unit_at<kUnits>(lane % 16, t + lane / 16, s) * 16);
+        ldmatrix_x4_trans(x, smem_addr(slice) + unit_at<kUnits>(lane % 16, t + lane / 16, s) * 16);
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
           const uint32_t low = __byte_perm(x[2 * u] & keep[0], 0, 0x3120), high = __byte_perm(x[2 * u + 1] & keep[1], 0, 0x3120);
@@ -547,9 +547,9 @@ __global__ void __launch_bounds__(32 * W, 1) sparse_attention_kernel(const __gri
       const int ahead = i + a.n_stage - 1, row = max(ahead + 1 - n_clusters, 0);
       if (ahead >= 0 && ahead < n_clusters + n_rows) {
         if (ahead < n_clusters) {
-          clusters.fetch(cluster0 + ahead, smem_address(ring + fill));
+          clusters.fetch(cluster0 + ahead, smem_addr(ring + fill));
           if (ahead + 1 < n_clusters) clusters.look_up(cluster0 + ahead + 1);
-        } else rows.fetch(smem_address(ring + fill));
+        } else rows.fetch(smem_addr(ring + fill));
         fill = fill + stage_bytes < warp_bytes ? fill + stage_bytes : 0;
       }
       if (row > looked && row < n_rows && (ahead >= 0 || n_clusters == 0)) rows.look_up(row0 + row), looked = row;
@@ -559,7 +559,7 @@ __global__ void __launch_bounds__(32 * W, 1) sparse_attention_kernel(const __gri
       else cp_async_wait<0>();
       __syncwarp();
       if (i < n_clusters) sums.add_clusters(ring + use, n.n_cluster - (cluster0 + i) * kClusters, heads);
-      else sums.add_rows(smem_address(ring + use), n.n_row - (row0 + i - n_clusters) * kRows, a.scale);
+      else sums.add_rows(smem_addr(ring + use), n.n_row - (row0 + i - n_clusters) * kRows, a.scale);
       if (i + 1 == n_clusters) sums.close_clusters();
       use = use + stage_bytes < warp_bytes ? use + stage_bytes : 0;
     }

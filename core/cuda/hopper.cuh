@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/types.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -75,8 +76,6 @@ inline CUtensorMap make_matrix_map(const void* data, DType dtype, int64_t n_row,
 
 #ifdef __CUDACC__
 
-__device__ __forceinline__ uint32_t smem_addr(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
 // ---- mbarriers. A phase ends when the expected arrivals and bytes have come; mbar_wait(bar, p) returns once phase p (0, 1, 0, ...) is
 // over, so a consumer's first wait has parity 0, and a producer's first wait for a slot that starts out empty has parity 1.
 __device__ __forceinline__ void mbar_init(uint64_t* bar, uint32_t arrivals) {
@@ -127,10 +126,44 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 #endif
   return r;
 }
-__device__ __forceinline__ void cluster_sync() {  // every thread of the cluster; warps need not be converged
+// The cluster's barrier is for every thread of it; warps need not be converged.
+__device__ __forceinline__ void cluster_arrive() {
 #ifdef PRT_SM90
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#ifdef PRT_SM90
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+// The same for whole blocks: one thread's fence covers what the block wrote before, a fence of every thread takes several times as long.
+__device__ __forceinline__ void cluster_arrive_block() {
+  __syncthreads();
+#ifdef PRT_SM90
+  if (threadIdx.x == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait_block() {
+#ifdef PRT_SM90
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+// A generic address of this block's shared memory, in another block.
+template <class T>
+__device__ __forceinline__ T* in_block(T* p, uint32_t cta) {
+#ifdef PRT_SM90
+  asm("mapa.u64 %0, %0, %1;" : "+l"(p) : "r"(cta));
+#endif
+  return p;
 }
 // Another block's copy of a shared-memory location; store there, then cluster_sync().
 __device__ __forceinline__ uint32_t cluster_addr(const void* p, uint32_t cta) {

@@ -20,23 +20,30 @@ inline void cuda_check(cudaError_t e, const char* what) {
   fail(e == cudaErrorMemoryAllocation ? PRT_OUT_OF_MEMORY : PRT_DEVICE_ERROR, what, ": ", cudaGetErrorString(e));
 }
 
+// launch(), with the blocks of a row in thread block clusters of `cluster`, 8 at most (sm_90 and newer; 1: none).
 template <class... Params, class... Args>
-void launch(const CudaStream& s, void (*kernel)(Params...), dim3 grid, dim3 block, int64_t smem, Args... args) {
+void launch_clusters(const CudaStream& s, void (*kernel)(Params...), dim3 grid, dim3 block, int64_t smem, int64_t cluster, Args... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (smem > 48 << 10)
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),
                "shared memory of a kernel");
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attrs[2]{};
+  attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attrs[0].val.programmaticStreamSerializationAllowed = 1;
+  attrs[1].id = cudaLaunchAttributeClusterDimension;
+  attrs[1].val.clusterDim = {static_cast<uint32_t>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = static_cast<size_t>(smem);
   config.stream = s.handle;
-  config.attrs = &early;
-  config.numAttrs = s.arch >= 90 ? 1 : 0;
+  config.attrs = attrs;
+  config.numAttrs = s.arch < 90 ? 0 : cluster > 1 ? 2 : 1;
   cuda_check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), "kernel launch");
+}
+template <class... Params, class... Args>
+void launch(const CudaStream& s, void (*kernel)(Params...), dim3 grid, dim3 block, int64_t smem, Args... args) {
+  launch_clusters(s, kernel, grid, block, smem, 1, args...);
 }
 
 // For kernels that read from memory straight into registers: what is on its way waits in the L1, which the driver would otherwise leave

@@ -187,7 +187,7 @@ __device__ __forceinline__ void load_value_row(uint32_t (&r)[D / 16], const T* r
 template <int D>
 constexpr bool kParkQ = D > 128;
 __device__ __forceinline__ void load_parked(uint32_t* r, const uint4* from) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(smem_address(from)));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(smem_addr(from)));
 }
 
 template <class T, int D, int NB, int W, int J>

@@ -6,6 +6,7 @@
 // diagonal.
 #pragma once
 #include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/types.cuh"
 #include "ops/ops.h"
 
@@ -33,17 +34,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t pack_pair(float lo, float hi) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
-    return reinterpret_cast<const uint32_t&>(v);
-  } else {
-    const __half2 v = __floats2half2_rn(lo, hi);
-    return reinterpret_cast<const uint32_t&>(v);
-  }
 }
 
 // Among the four lanes of a quad: lane q gives word i for lane i, and gets word q of lanes 0..3.
@@ -182,7 +172,7 @@ __device__ __forceinline__ void prefill_round(uint32_t (&w)[kSize / 8][4], const
 #pragma unroll
   for (int k = 0; k < kSize / 8; ++k)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) w[k][j] = pack_pair<T>(s[8 * k + 2 * j], s[8 * k + 2 * j + 1]);
+    for (int j = 0; j < 4; ++j) w[k][j] = pack2<T>(s[8 * k + 2 * j], s[8 * k + 2 * j + 1]);
 }
 
 template <class T, int kSize>
@@ -199,7 +189,7 @@ __device__ __forceinline__ void prefill_store(const float (&o)[kSize], const flo
     for (int j = 0; j < kSize / 4; j += 4) {  // four blocks of 8 columns; this lane ends up with block j + quad
       uint32_t x[4];
 #pragma unroll
-      for (int b = 0; b < 4; ++b) x[b] = pack_pair<T>(o[4 * (j + b) + 2 * r] * inverse, o[4 * (j + b) + 2 * r + 1] * inverse);
+      for (int b = 0; b < 4; ++b) x[b] = pack2<T>(o[4 * (j + b) + 2 * r] * inverse, o[4 * (j + b) + 2 * r + 1] * inverse);
       const uint4 words = quad_transpose(x[0], x[1], x[2], x[3]);
       const int32_t column = 8 * (j + rows.quad);
       if (mine && column < p.d) *reinterpret_cast<uint4*>(out + column) = words;

@@ -30,7 +30,7 @@ __device__ __forceinline__ uint32_t at(uint32_t tile, int row, int piece) { retu
 template <class T, bool kGated, bool kF32>
 __global__ void __launch_bounds__(kThreads, 1) linear_mma_kernel(const Matrices m) {
   extern __shared__ __align__(128) char smem[];
-  const uint32_t base = smem_address(smem);
+  const uint32_t base = smem_addr(smem);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp / 4 * 64, warp_out = warp % 4 * 16;
   const int row0 = blockIdx.x * kTile, out0 = blockIdx.y * m.out_step, steps = (m.n_in + kTileIn - 1) / kTileIn;
   const T* x = static_cast<const T*>(m.x);

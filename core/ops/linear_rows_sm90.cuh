@@ -84,16 +84,6 @@ __device__ __forceinline__ void arrive_at(uint64_t* bar, uint32_t cta) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_addr(bar, cta)) : "memory");
 #endif
 }
-__device__ __forceinline__ void cluster_arrive() {
-#ifdef PRT_SM90A
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#ifdef PRT_SM90A
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
 
 // 64 columns of a tile's weight rows. Gated weights are seen as [n_out / 8][gate, up][8] rows, so that the sums of a gate and of its up
 // projection meet in one thread.

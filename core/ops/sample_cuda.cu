@@ -8,6 +8,7 @@
 // answer can be; that front part is short, and one block goes on with it alone.
 #include <cmath>
 
+#include "cuda/hopper.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
 #include "ops/cuda_table.h"
@@ -79,15 +80,8 @@ struct Cluster {
   }
 
   template <class T>
-  __device__ static const T* at(const T* mine, [[maybe_unused]] int part) {  // the same variable in another block
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if constexpr (kParts > 1) {
-      const T* theirs;
-      asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(part));
-      return theirs;
-    }
-#endif
-    return mine;
+  __device__ static const T* at(const T* mine, int part) {  // the same variable in another block
+    return kParts > 1 ? in_block(mine, static_cast<uint32_t>(part)) : mine;
   }
 
   // Every thread gets every block's word; they take turns between two places, so that one barrier is enough.
@@ -581,27 +575,6 @@ Split split(const CudaStream& s, int64_t n_vocab) {
   return p;
 }
 
-// launch(), with the blocks of a row in a cluster.
-void launch_row_clusters(const CudaStream& s, int64_t n_row, const Split& p, const Args& args) {
-  if (n_row == 0) return;
-  const auto kernel = sample_kernel<kClusterParts>;
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(p.smem)),
-             "shared memory of a kernel");
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {kClusterParts, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(n_row * kClusterParts);
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = static_cast<size_t>(p.smem);
-  config.stream = s.handle;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  cuda_check(cudaLaunchKernelEx(&config, kernel, args, p.resident), "kernel launch");
-}
-
 }  // namespace
 
 int64_t sample_scratch_bytes(const CudaStream& s, int64_t n_row, int64_t n_vocab) {
@@ -626,7 +599,7 @@ void sample(const CudaStream& s, const Sample& a) {
                   static_cast<int32_t>(a.top_ids ? a.top_ids.shape[1] : 0),
                   std::ldexp(1.0f, 62 - bits)};
   if (p.parts == 1) launch(s, sample_kernel<1>, dim3(n_row), kThreads, p.smem, args, p.resident);
-  else launch_row_clusters(s, n_row, p, args);
+  else launch_clusters(s, sample_kernel<kClusterParts>, dim3(n_row * kClusterParts), kThreads, p.smem, kClusterParts, args, p.resident);
 }
 
 }  // namespace prt::cuda
