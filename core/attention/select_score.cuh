@@ -20,6 +20,15 @@ __device__ __forceinline__ uint32_t f8_to_f16(uint32_t x) {
 #endif
   return y;
 }
+// Four f8 as f16: the first two, the others. Or, by shifts, which other units do: the first and the third, the second and the fourth, times
+// 2^-8, and for the variance without a sign.
+__device__ constexpr bool by_shifts(int which) { return which == 1; }  // 0: centroid, 1: variance
+__device__ __forceinline__ uint2 unpack(int which, uint32_t x) {
+  if (!by_shifts(which)) return {f8_to_f16(x), f8_to_f16(x >> 16)};
+  uint2 y{x << 7 & 0x3f803f80, x >> 1 & 0x3f803f80};
+  if (which == 0) y.x |= x << 8 & 0x80008000, y.y |= x & 0x80008000;
+  return y;
+}
 __device__ __forceinline__ float f8_to_float(uint8_t x) {
   const uint32_t y = f8_to_f16(x);
   return __low2float(*reinterpret_cast<const __half2*>(&y));
@@ -123,6 +132,18 @@ struct Scorer {
   }
   __device__ uint4 piece(int stage, int i) const { return reinterpret_cast<const uint4*>(memory + stage * kStage)[32 * i + lane]; }
   __device__ char* query(int which, int head) const { return memory + kStages * kStage + (which * a.group + head) * kPitch; }
+  template <int N>
+  __device__ void put_query(int which, int head,
+                            const float (&y)[N]) const {  // N neighbours of each lane, in the order that unpack() gives
+    uint32_t* to = reinterpret_cast<uint32_t*>(query(which, head) + 2 * N * lane);
+    if constexpr (N == 4) {
+      to[0] = by_shifts(which) ? pack2<f16>(y[0], y[2]) : pack2<f16>(y[0], y[1]);
+      to[1] = by_shifts(which) ? pack2<f16>(y[1], y[3]) : pack2<f16>(y[2], y[3]);
+    } else if constexpr (N == 2) {
+      const float other = __shfl_xor_sync(kWarp, lane % 2 == 0 ? y[1] : y[0], 1);
+      *to = !by_shifts(which) ? pack2<f16>(y[0], y[1]) : lane % 2 == 0 ? pack2<f16>(y[0], other) : pack2<f16>(other, y[1]);
+    }
+  }
   __device__ void load_queries(int entry) {
     constexpr int kEach = D / 32, kBatch = 4;  // dimensions of a lane; heads whose queries are on their way together
     using Words = Pack<(kEach > 0 ? kEach : 2), T>;
@@ -143,18 +164,18 @@ struct Scorer {
       const uint32_t exponent = min(max((__float_as_uint(most) >> 23) + 1, 67u), 187u);
       const float up = __uint_as_float(exponent << 23), down = __uint_as_float((254 - exponent) << 23);
       if (lane >= head0 && lane < head0 + kBatch)
-        scale[0] = a.scale * kLog2e * up, scale[1] = 0.5f * (a.scale * up) * (a.scale * up) * kLog2e;
+        scale[0] = a.scale * kLog2e * up * (by_shifts(0) ? 256 : 1),
+        scale[1] = 0.5f * (a.scale * up) * (a.scale * up) * kLog2e * (by_shifts(1) ? 256 : 1);
 #pragma unroll
       for (int h = 0; h < kBatch; ++h) {
         if (head0 + h >= a.group) break;
-        uint32_t* q = reinterpret_cast<uint32_t*>(query(0, head0 + h) + 2 * kEach * lane);
-        uint32_t* square = reinterpret_cast<uint32_t*>(query(1, head0 + h) + 2 * kEach * lane);
+        float y[kEach > 0 ? kEach : 1];
 #pragma unroll
-        for (int i = 0; i < kEach; i += 2) {
-          const float y0 = to_float(raw[h].part[0].v[i]) * down, y1 = to_float(raw[h].part[0].v[i + 1]) * down;
-          q[i / 2] = pack2<f16>(y0, y1);
-          square[i / 2] = pack2<f16>(y0 * y0, y1 * y1);
-        }
+        for (int i = 0; i < kEach; ++i) y[i] = to_float(raw[h].part[0].v[i]) * down;
+        put_query(0, head0 + h, y);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) y[i] *= y[i];
+        put_query(1, head0 + h, y);
         *reinterpret_cast<Words*>(query(2, head0 + h) + 2 * kEach * lane) = raw[h];
       }
     }
@@ -206,9 +227,10 @@ struct Scorer {
 #pragma unroll
           for (int y = 0; y < 2; ++y) {
             const uint4 q = reinterpret_cast<const uint4*>(query(v, column))[8 * x + 2 * c + y];
-            const uint32_t a0 = y ? k0.z : k0.x, a1 = y ? k1.z : k1.x, b0 = y ? k0.w : k0.y, b1 = y ? k1.w : k1.y;
-            mma_16816<f16>(sum[v], {f8_to_f16(a0), f8_to_f16(a1), f8_to_f16(a0 >> 16), f8_to_f16(a1 >> 16)}, q.x, q.y);
-            mma_16816<f16>(sum[v], {f8_to_f16(b0), f8_to_f16(b1), f8_to_f16(b0 >> 16), f8_to_f16(b1 >> 16)}, q.z, q.w);
+            const uint2 a0 = unpack(v, y ? k0.z : k0.x), a1 = unpack(v, y ? k1.z : k1.x), b0 = unpack(v, y ? k0.w : k0.y),
+                        b1 = unpack(v, y ? k1.w : k1.y);
+            mma_16816<f16>(sum[v], {a0.x, a1.x, a0.y, a1.y}, q.x, q.y);
+            mma_16816<f16>(sum[v], {b0.x, b1.x, b0.y, b1.y}, q.z, q.w);
           }
         }
 #pragma unroll
