@@ -164,7 +164,7 @@ def test_max_context(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"attention": "magic"}, InvalidArgumentError, "policy 'magic' is unknown, expected 'full' or 'tactic'"),
+        ({"attention": "magic"}, InvalidArgumentError, "policy 'magic' is unknown, expected one of 'full', 'tactic', 'recycled'"),
         ({"dtype": "int3"}, InvalidArgumentError, "dtype is 'int3', expected 'auto', 'f32', 'f16', 'bf16'"),
         ({"dtype": None}, InvalidArgumentError, "dtype is None"),
         ({"max_context": 0}, InvalidArgumentError, "max_context is 0, expected an integer from 1"),

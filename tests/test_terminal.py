@@ -141,7 +141,8 @@ def test_commands(tiny: str, answers: list[str], tmp_path: Path) -> None:
         assert part in err
     assert re.findall("pyruntime: error: (.*)", err) == [
         "there is no question yet",
-        "attention policy 'snap' is unknown, expected 'full' or 'tactic'",
+        "attention policy 'snap' is unknown, expected one of 'full', 'tactic', 'recycled', 'streaming', 'quest', 'token_select', 'oracle', "
+        "'tactic_recycled'",
         "there is no command /fly: /help lists them, and a space before the / makes it a message",
         "/save needs the name of a file",
         "/save: '~no-such-user/x' cannot be the name of a file",
@@ -298,7 +299,7 @@ def test_terminal(tiny: str, answers: list[str], terminals: list[Pty], tmp_path:
     t.send("goes \\\non\n")
     t.wait("[cut at max_tokens]\r\n> ")
     t.send("\x1b[A\x1b[A\x1b[A\x01x\x05 not\x15/attention snap\n")  # line editing: up, to the start, to the end, away
-    t.wait("expected 'full' or 'tactic'\r\n> ")
+    t.wait("'tactic_recycled'\r\n> ")
     t.send(f"/save {tmp_path / 'c.json'}\n")
     t.wait("8 messages saved\r\n> ")
     t.send("\x04")  # Ctrl-D
