@@ -29,11 +29,6 @@ void ChoicePolicy::lay_out(Arena& arena) {
   attend_scratch_ = arena.take(DType::f32, sparse_attention_scratch_bytes(backend_, n, max_pages_, h_q_, h_kv(), d_head()) / 4);
 }
 
-// A choice may name rows that are gone.
-void ChoicePolicy::truncate(int64_t seq, int64_t n_token) {
-  if (kept_ && n_token < pool_.at(seq).length) kept_->forget(seq);
-}
-
 ChoicePolicy::Place ChoicePolicy::place(int64_t layer, int64_t n_entry) const {
   if (!kept_) return {ranges_.rows(0, n_entry), n_range_.rows(0, n_entry), {}};
   const KeptChoices::Layer& l = kept_->layer(layer);

@@ -1,23 +1,13 @@
 // What the policies that choose rows by score have in common: working memory, the budget, attention over a choice, and the counters.
 #pragma once
-#include <optional>
 
 #include "attention/choice.h"
-#include "attention/kept_choices.h"
 #include "attention/policy.h"
 
 namespace prt {
 
 class ChoicePolicy : public Policy {
  public:
-  int32_t state(int64_t seq) override { return kept_ ? kept_->state(seq) : 0; }
-  void truncate(int64_t seq, int64_t n_token) override;
-  void fork(int64_t from, int64_t to) override {
-    if (kept_) kept_->fork(from, to);
-  }
-  void free(int64_t seq) override {
-    if (kept_) kept_->free(seq);
-  }
   void add_stats(prt_session_stats& stats) const override;
 
  protected:
@@ -45,8 +35,6 @@ class ChoicePolicy : public Policy {
   Tensor anew(int64_t n_entry) const { return anew_.rows(0, n_entry); }
   Tensor kept(int64_t n_entry) const { return kept_states_.rows(0, n_entry); }
   void reuse_kept(int64_t layer, const Attention& a, const PolicyRows& rows, int64_t stride, int64_t check, float threshold) const;
-
-  std::optional<KeptChoices> kept_;
 
  private:
   void lay_out(Arena& arena);

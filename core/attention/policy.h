@@ -3,8 +3,10 @@
 #pragma once
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "attention/kept_choices.h"
 #include "attention/sparse.h"
 #include "base/arena.h"
 #include "kv/page_pool.h"
@@ -44,7 +46,7 @@ class Policy {
   // First and end of the sequence's pages that the policy keeps in an order of its own: an input of the step, like its page table.
   virtual void closed_pages(int64_t, int32_t out[2]) const { out[0] = out[1] = 0; }
   // The number under which the policy remembers the sequence from step to step, another input. Makes one if there is none.
-  virtual int32_t state(int64_t) { return 0; }
+  int32_t state(int64_t seq) { return kept_ ? kept_->state(seq) : 0; }
 
   // In a step: the rows that the policy attends for. rows: of all entries.
   void decode(int64_t layer, const Attention& a, const PolicyRows& rows);
@@ -53,9 +55,18 @@ class Policy {
   virtual void observe(int64_t, const Attention&, const PolicyRows&) {}
 
   // What happens to sequences.
-  virtual void truncate(int64_t, int64_t) {}  // (seq, n_token): before the pool does
-  virtual void fork(int64_t, int64_t) {}      // (from, to)
-  virtual void free(int64_t) {}
+  virtual void truncate(int64_t seq, int64_t n_token) {  // before the pool does
+    if (n_token >= 0 && n_token < pool_.at(seq).length) forget(seq);
+  }
+  void forget(int64_t seq) {  // what it chose is void: the rows that it saw are gone
+    if (kept_) kept_->forget(seq);
+  }
+  void fork(int64_t from, int64_t to) {
+    if (kept_) kept_->fork(from, to);
+  }
+  void free(int64_t seq) {
+    if (kept_) kept_->free(seq);
+  }
 
   AttentionCounters counters(int64_t layer, int64_t kv_head) const;  // -1: all
   virtual void add_stats(prt_session_stats& stats) const { stats.index_bytes = counter_memory_.bytes(); }
@@ -76,6 +87,7 @@ class Policy {
   const std::vector<Tensor>&k_, &v_;
   int64_t h_q_, max_pages_;
   prt_attention config_;
+  std::optional<KeptChoices> kept_;  // of a policy that chooses for more than one step
 
  private:
   Buffer counter_memory_;

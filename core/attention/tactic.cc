@@ -164,7 +164,7 @@ void Tactic::close_segments(int64_t seq, int64_t page, int64_t n_segment, int64_
     if (n_copy > 0) page_copy(backend_, {k_[i], v_[i], from, to});
     cluster(backend_, {k_[i], v_[i], segments, at_.index[i], config_.iterations, config_.seed, at_.cluster_scratch});
   }
-  if (kept_) kept_->forget(seq);  // its tail has a place for each cluster
+  forget(seq);  // its tail has a place for each cluster
   for (int64_t s = 0; s < n_segment; ++s) pool_.set_segment(pages[s * n_page], static_cast<int32_t>(n_page));
   n_clustered_ += n_segment * n_page * kPageTokens;
 }
@@ -210,7 +210,7 @@ void Tactic::open_all() {
 void Tactic::truncate(int64_t seq, int64_t n_token) {
   const Sequence& s = pool_.at(seq);
   if (n_token < 0 || n_token > s.length) return;  // the pool says so
-  if (kept_ && n_token < s.length) kept_->forget(seq);
+  Policy::truncate(seq, n_token);
   for (int64_t page = first_page(), end = closed_end(s); page < end;) {
     const int64_t n = pool_.segment(s.pages[static_cast<size_t>(page)]), next = page + n;
     if (page * kPageTokens < n_token && n_token < next * kPageTokens) {

@@ -3,9 +3,7 @@
 // tactic_recycled: a layer's choice, and what it says of the clusters left out, serve again while its query is like the one that they were
 // made for; tokens that have come since are exact. Then the index is read once for several tokens.
 #pragma once
-#include <optional>
 
-#include "attention/kept_choices.h"
 #include "attention/policy.h"
 
 namespace prt {
@@ -33,13 +31,6 @@ class Tactic : public Policy {
   void prepare(const int64_t* seq, int64_t n) override;
   void closed_pages(int64_t seq, int32_t out[2]) const override;
   void truncate(int64_t seq, int64_t n_token) override;
-  int32_t state(int64_t seq) override { return kept_ ? kept_->state(seq) : 0; }
-  void fork(int64_t from, int64_t to) override {
-    if (kept_) kept_->fork(from, to);
-  }
-  void free(int64_t seq) override {
-    if (kept_) kept_->free(seq);
-  }
   void add_stats(prt_session_stats& stats) const override;
 
  private:
@@ -70,7 +61,6 @@ class Tactic : public Policy {
   Tensor send(int64_t list, const int32_t* pages, int64_t n) const;  // to where the operations read them
 
   Buffer memory_;
-  std::optional<KeptChoices> kept_;  // of tactic_recycled
   Views at_;
   std::vector<int32_t> copy_from_, copy_to_, from_, to_;
   double cluster_seconds_ = 0;

@@ -541,7 +541,7 @@ void Session::step(const prt_batch& b) {
     if (on_cuda()) settle(cuda_->stream());  // nothing may be written to the caller's arrays once we have returned
     pool.rollback(growth_);
     for (int32_t i = 0; policy_ && i < b.n_seq; ++i)  // what it has seen of a prompt will not have been
-      if (b.n_token[i] > 1) policy_->truncate(b.seq[i], 0);
+      if (b.n_token[i] > 1) policy_->forget(b.seq[i]);
     throw;
   }
   pool.commit(growth_);
