@@ -357,6 +357,22 @@ def test_counters_add_up(on: str) -> None:
     assert np.array_equal(s.counters, want)
 
 
+def test_shares_that_are_no_numbers_do_not_spoil_the_counters() -> None:
+    """A loaded file may hold any bits. What they are worth may be no number; in the counters it is 0 to 2^32 parts of one."""
+    rng = np.random.default_rng(0)
+    n = np.int64(3 * len(LENGTHS))
+    for _ in range(40):
+        s = Step("f32")
+        for array in (s.c.k, s.c.centroid, s.c.variance):
+            raw = array.view(np.uint8)
+            raw[:] = rng.integers(0, 256, raw.shape, dtype=np.uint8)
+        s.select(0.8, MOMENT, on="baseline")
+        for name, parts in (("mass", n << 32), ("true_mass", n << 32), ("n_true", n)):
+            got = s.counters[:, COUNTERS.index(name)]
+            assert (got >= 0).all() and (got <= parts).all(), name
+        assert (s.counters[:, len(COUNTERS) : -LATER].sum(axis=1) == n).all()
+
+
 @CPU_AND_GPU
 def test_f8_is_rounded_to_nearest_even_and_saturated(on: str) -> None:
     """A cluster for every row: its centroid is the row. Halfway between two numbers the even one is taken."""

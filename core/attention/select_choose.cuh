@@ -109,7 +109,7 @@ struct Chooser {
   }
   __device__ void put_share(int head, float share) const {  // one thread
     a.mass[entry * a.mass_stride + kv_head * a.group + head] = share;
-    if (a.counters) add(&AttentionCounters::mass, static_cast<int64_t>(share * 0x1p32f));
+    if (a.counters) add(&AttentionCounters::mass, static_cast<int64_t>(__saturatef(share) * 0x1p32f));
   }
   __device__ void mark(int j) const { atomicOr(in_block(chosen, 0) + j / 32, 1u << j % 32); }
 

@@ -254,7 +254,7 @@ PRT_INLINE void count(const Select& a, int64_t entry, int64_t kv_head, int64_t g
   count_step(c, context, exact, n > 0 ? range[2 * n - 1] : 0);
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     ++c.n_mass;
-    c.mass += static_cast<int64_t>(a.mass.row<float>(entry)[h] * 0x1p32f);
+    c.mass += in_parts(a.mass.row<float>(entry)[h], 0x1p32f);
     if (a.true_mass.data) count_true(c, a.true_mass.row<float>(entry)[h], a.p);
   }
 }
