@@ -742,7 +742,7 @@ with pyruntime.Model(sys.argv[1], threads=1) as model:
     other = model.generate("Hi", stream=True, ignore_eos=True, max_tokens=100)
     next(stream), next(other)
 try:
-    next(stream)
+    print("read", sum(1 for _ in stream))
 except pyruntime.InvalidArgumentError as error:
     print(error)
 del stream, other
