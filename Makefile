@@ -2,6 +2,7 @@
 # index, makes the rest itself and says what it does. Run again, they redo only what a changed source asks for.
 #   PYTHON=python3.12   the interpreter to use        VENV=.venv   where its environment goes
 #   PYTEST_ARGS="-k paged"   passed to pytest         CMAKE_ARGS="-DPYRUNTIME_CUDA=OFF"   passed to CMake
+#   PIP="uv pip"        another installer, which finds VENV as VIRTUAL_ENV
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=

@@ -28,7 +28,7 @@ struct Mass {
 
 // A function of its own: it is called from a dozen places, and was half of what compiling `select` took.
 template <class W>
-__attribute__((noinline)) void add_rows(const HeadKeys& x, RowRange rows, Mass& mass) {
+static __attribute__((noinline)) void add_rows(const HeadKeys& x, RowRange rows, Mass& mass) {
   for (int64_t row = rows.first, end = rows.first + rows.n; row < end;) {
     const int64_t n = min64(kPageTokens - row % kPageTokens, end - row);
     const auto* k = static_cast<const typename W::T*>(x.k_pages.data) +
