@@ -6,12 +6,18 @@
 #pragma once
 #include "attention/sparse.h"
 
+#ifdef __CUDACC__
+#define PRT_HOST_DEVICE __host__ __device__
+#else
+#define PRT_HOST_DEVICE
+#endif
+
 namespace prt {
 
 constexpr int64_t kBlockRows = 16;  // Quest's page
 
 // First row of the window of a choice made when kv_len rows were there: blocks of rows are only known for whole pages.
-static inline int64_t window_begin(int64_t kv_len, int64_t sinks, int64_t window, int64_t unit) {
+PRT_HOST_DEVICE static inline int64_t window_begin(int64_t kv_len, int64_t sinks, int64_t window, int64_t unit) {
   int64_t begin = kv_len - window;
   if (unit > 1 && begin > (kv_len - 1) / kPageTokens * kPageTokens) begin = (kv_len - 1) / kPageTokens * kPageTokens;
   return begin > sinks ? begin : sinks < kv_len ? sinks : kv_len;
@@ -103,7 +109,8 @@ struct Reuse {
 };
 void reuse(const Backend&, const Reuse&);
 
-// What a step attended to, for AttentionCounters; entries whose state is -1 attended to everything.
+// What a step attended to, for AttentionCounters; entries whose state is -1 attended to everything, or with `closed` were counted by
+// select.
 struct CountRows {
   Tensor counters;   // in and out [h_kv][kAttentionCounters] i64
   Tensor true_mass;  // out [n_entry][h_q] f32, or missing: the share of the exact mass that the ranges hold. Costs a pass over all keys

@@ -9,10 +9,10 @@ ChoicePolicy::ChoicePolicy(const PolicyContext& context, const prt_attention& co
   max_range_ = needs_.unit == 0 ? 2 : top_rows_max_range(max_pages_ * kPageTokens, needs_.unit, needs_.k, config_.budget, needs_.p);
   Arena measure;
   lay_out(measure);
-  memory_ = host_buffer(measure.used(), "the working memory of an attention policy", false);
+  memory_ = take_memory(measure.used(), "the working memory of an attention policy");
   Arena arena(memory_.data());
   lay_out(arena);
-  if (needs_.w > 0) kept_.emplace(n_layer(), h_kv(), max_range_, needs_.w);
+  if (needs_.w > 0) kept_.emplace(backend_, n_layer(), h_kv(), max_range_, needs_.w);
 }
 
 void ChoicePolicy::lay_out(Arena& arena) {

@@ -2,6 +2,7 @@
 //                           closed or empty}, {unit, sinks, window, scale, p})
 #include "attention/choice.h"
 #include "ops/cpu_table.h"
+#include "ops/cuda_table.h"
 
 namespace prt {
 
@@ -30,7 +31,7 @@ void count_rows(const Backend& backend, const CountRows& a) {
   if (a.closed) check_shape(op, "closed", a.closed, DType::i32, {n_entry, 2});
   check(a.window >= 1 || a.closed, op, ": window is ", a.window, ", expected at least 1");
   check(a.scale > 0 && a.scale <= 1e30f, op, ": scale is ", a.scale, ", expected a positive number");
-  if (backend.cuda) fail(PRT_UNSUPPORTED, op, " has no CUDA twin yet");
+  if (backend.cuda) return backend.cuda->count_rows(*backend.stream, a);
   check_contents(a);
   backend.cpu->count_rows(*backend.pool, a);
 }

@@ -21,6 +21,7 @@ void count_rows(ThreadPool& pool, const CountRows& a) {
     });
   for (int64_t e = 0; e < n_entry; ++e) {
     const int64_t place = place_of(e), len = kv_len[e];
+    if (place < 0 && a.closed.data) continue;
     const int64_t made = place >= 0 && a.made.data ? static_cast<const int32_t*>(a.made.data)[place] : len;
     const int64_t end = window_begin(made, a.sinks, a.window, a.unit);
     const int64_t exact =

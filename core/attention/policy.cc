@@ -18,10 +18,22 @@ Policy::Policy(const PolicyContext& x, const prt_attention& config)
       config_(config) {
   Arena measure;
   measure.take(DType::i64, n_layer(), h_kv(), kAttentionCounters);
-  const char* what = "the counters of an attention policy";
-  counter_memory_ = backend_.cuda ? device_buffer(backend_.stream->device, measure.used(), what) : host_buffer(measure.used(), what, false);
+  counter_memory_ = take_memory(measure.used(), "the counters of an attention policy");
   counters_ = Arena(counter_memory_.data()).take(DType::i64, n_layer(), h_kv(), kAttentionCounters);
   clear_counters();
+}
+
+Buffer Policy::take_memory(int64_t bytes, const char* what) const {
+  return backend_.cuda ? device_buffer(backend_.stream->device, bytes, what) : host_buffer(bytes, what, false);
+}
+int64_t Policy::memory_free() const { return backend_.cuda ? device_memory_free(backend_.stream->device) : host_memory_free(); }
+
+Tensor Policy::send(const Tensor& room, const void* numbers, int64_t n) const {
+  Tensor t = make_tensor(const_cast<void*>(numbers), room.dtype, n);
+  if (!backend_.cuda) return t;
+  copy_to_device(*backend_.stream, room.data, numbers, t.bytes());
+  t.data = room.data;
+  return t;
 }
 
 void Policy::decode(int64_t layer, const Attention& a, const PolicyRows& rows) {

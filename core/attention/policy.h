@@ -47,6 +47,7 @@ class Policy {
   virtual void closed_pages(int64_t, int32_t out[2]) const { out[0] = out[1] = 0; }
   // The number under which the policy remembers the sequence from step to step, another input. Makes one if there is none.
   int32_t state(int64_t seq) { return kept_ ? kept_->state(seq) : 0; }
+  int64_t n_state() const { return kept_ ? kept_->n_state() : 0; }  // recorded steps hold until it changes
 
   // In a step: the rows that the policy attends for. rows: of all entries.
   void decode(int64_t layer, const Attention& a, const PolicyRows& rows);
@@ -75,6 +76,10 @@ class Policy {
   virtual void attend(int64_t layer, const Attention& a, const PolicyRows& rows) = 0;  // entries_at_once() of them, or fewer
   int64_t entries_at_once() const { return backend_.cuda ? 16 : 8; }                     // bounds the working memory
   void clear_counters();
+  Buffer take_memory(int64_t bytes, const char* what) const;  // where the operations read and write
+  int64_t memory_free() const;
+  // Numbers for an operation between steps: where they are on the CPU, copied into `room` on a GPU.
+  Tensor send(const Tensor& room, const void* numbers, int64_t n) const;
   Tensor counters_of(int64_t layer) const { return make_tensor(counters_.row<int64_t>(layer), DType::i64, h_kv(), kAttentionCounters); }
 
   int64_t n_layer() const { return static_cast<int64_t>(k_.size()); }

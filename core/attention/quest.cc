@@ -7,12 +7,13 @@ int64_t quest_page_bytes(const prt_attention&, int64_t n_layer, int64_t h_kv, in
 }
 
 Quest::Quest(const PolicyContext& x, const prt_attention& c) : ChoicePolicy(x, c, {.k = 1024, .unit = kBlockRows}) {
-  const int64_t bytes = n_page() * quest_page_bytes(c, n_layer(), h_kv(), d_head(), k_[0].dtype), free = host_memory_free();
+  const int64_t bytes = n_page() * quest_page_bytes(c, n_layer(), h_kv(), d_head(), k_[0].dtype), free = memory_free();
   if (bytes > free)
     fail(PRT_OUT_OF_MEMORY, "attention 'quest' needs ", bytes >> 20, " MiB for the bounds of ", n_page(), " KV pages; ", free >> 20,
-         " MiB are free");
-  memory_ = host_buffer(bytes + n_layer() * 2 * Arena::kAlign, "the bounds of attention 'quest'", false);
+         " MiB are free", backend_.cuda ? text(" on cuda:", backend_.stream->device) : "");
+  memory_ = take_memory(bytes + n_layer() * 2 * Arena::kAlign + n_page() * 4 + Arena::kAlign, "the bounds of attention 'quest'");
   Arena arena(memory_.data());
+  list_ = arena.take(DType::i32, n_page());
   for (const Tensor& k : k_) {
     low_.push_back(arena.take(k.dtype, n_page(), h_kv(), kPageTokens / kBlockRows, d_head()));
     high_.push_back(arena.take(k.dtype, n_page(), h_kv(), kPageTokens / kBlockRows, d_head()));
@@ -32,7 +33,7 @@ void Quest::prepare(const int64_t* seq, int64_t n) {
     }
   }
   if (pages_.empty()) return;
-  const Tensor list = make_tensor(pages_.data(), DType::i32, pages_.size());
+  const Tensor list = send(list_, pages_.data(), static_cast<int64_t>(pages_.size()));
   for (size_t i = 0; i < k_.size(); ++i) page_bounds(backend_, {low_[i], high_[i], k_[i], list});
 }
 

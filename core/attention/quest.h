@@ -23,6 +23,7 @@ class Quest : public ChoicePolicy {
 
   Buffer memory_;
   std::vector<Tensor> low_, high_;  // [n_layer] of [n_page][h_kv][4][d_head]
+  Tensor list_;                     // [n_page] i32: page numbers on a GPU
   std::vector<int32_t> pages_;
 };
 

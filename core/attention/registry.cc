@@ -25,12 +25,12 @@ std::unique_ptr<Policy> make(const PolicyContext& x, const prt_attention& c) {
 const PolicyInfo kPolicies[] = {
     {PRT_ATTENTION_FULL, "full", "", "", true, nullptr, nullptr},
     {PRT_ATTENTION_TACTIC, "tactic", PRT_TACTIC, "", true, make<Tactic>, index_page_bytes},
-    {PRT_ATTENTION_RECYCLED, "recycled", "k budget stride check threshold group pool " PRT_ALL, "", false, make<Recycled>, nullptr},
-    {PRT_ATTENTION_STREAMING, "streaming", "evict " PRT_ALL, "sinks=4,window=1020", false, make<Streaming>, nullptr},
-    {PRT_ATTENTION_QUEST, "quest", "k budget " PRT_ALL, "dense_layers=2", false, make<Quest>, quest_page_bytes},
-    {PRT_ATTENTION_TOKEN_SELECT, "token_select", "k budget threshold " PRT_ALL, "sinks=128,window=512", false, make<TokenSelect>, nullptr},
-    {PRT_ATTENTION_ORACLE, "oracle", "p k budget " PRT_ALL, "", false, make<Oracle>, nullptr},
-    {PRT_ATTENTION_TACTIC_RECYCLED, "tactic_recycled", "stride check threshold " PRT_TACTIC, "", false, make<Tactic>, index_page_bytes},
+    {PRT_ATTENTION_RECYCLED, "recycled", "k budget stride check threshold group pool " PRT_ALL, "", true, make<Recycled>, nullptr},
+    {PRT_ATTENTION_STREAMING, "streaming", "evict " PRT_ALL, "sinks=4,window=1020", true, make<Streaming>, nullptr},
+    {PRT_ATTENTION_QUEST, "quest", "k budget " PRT_ALL, "dense_layers=2", true, make<Quest>, quest_page_bytes},
+    {PRT_ATTENTION_TOKEN_SELECT, "token_select", "k budget threshold " PRT_ALL, "sinks=128,window=512", true, make<TokenSelect>, nullptr},
+    {PRT_ATTENTION_ORACLE, "oracle", "p k budget " PRT_ALL, "", true, make<Oracle>, nullptr},
+    {PRT_ATTENTION_TACTIC_RECYCLED, "tactic_recycled", "stride check threshold " PRT_TACTIC, "", true, make<Tactic>, index_page_bytes},
 };
 
 constexpr const char* kEstimators[] = {"fit", "moment", nullptr};

@@ -1,6 +1,7 @@
 // prt_op_run("reuse", {anew, kept, ranges, n_range, made, query, q, kv_len, state}, {stride, check, threshold})
 #include "attention/choice.h"
 #include "ops/cpu_table.h"
+#include "ops/cuda_table.h"
 
 namespace prt {
 
@@ -22,7 +23,7 @@ void check_contents(const Reuse& a) {
 
 void reuse(const Backend& backend, const Reuse& a) {
   const char* op = "reuse";
-  check_shape(op, "q", a.q, a.q.dtype, {-1, -1});
+  check_stored(op, "q", a.q, {-1, -1});
   check_shape(op, "query", a.query, DType::f32, {-1, -1});
   const int64_t n_entry = a.q.shape[0], n_state = a.query.shape[0], w = a.query.shape[1];
   check(w > 0 && a.q.shape[1] % w == 0, op, ": query has ", w, " columns, which do not divide the ", a.q.shape[1], " of q");
@@ -35,7 +36,7 @@ void reuse(const Backend& backend, const Reuse& a) {
   check_shape(op, "made", a.made, DType::i32, {n_state});
   check(a.stride >= 0 && a.check >= 0, op, ": stride is ", a.stride, " and check ", a.check, ", expected 0 or more");
   check(a.threshold >= -1 && a.threshold <= 1, op, ": threshold is ", a.threshold, ", expected a cosine");
-  if (backend.cuda) fail(PRT_UNSUPPORTED, op, " has no CUDA twin yet");
+  if (backend.cuda) return backend.cuda->reuse(*backend.stream, a);
   check_shape(op, "q", a.q, DType::f32, {n_entry, -1});
   check_contents(a);
   backend.cpu->reuse(*backend.pool, a);

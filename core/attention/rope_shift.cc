@@ -1,6 +1,7 @@
 // prt_op_run("rope_shift", {k_pages, pages, cos_sin}, {})
 #include "attention/choice.h"
 #include "ops/cpu_table.h"
+#include "ops/cuda_table.h"
 
 namespace prt {
 
@@ -16,7 +17,7 @@ void rope_shift(const Backend& backend, const RopeShift& a) {
   check_stored(op, "k_pages", a.k_pages, {-1, -1, kPageTokens, -1});
   check_shape(op, "pages", a.pages, DType::i32, {-1});
   check_shape(op, "cos_sin", a.cos_sin, DType::f32, {2, a.k_pages.shape[3] / 2});
-  if (backend.cuda) fail(PRT_UNSUPPORTED, op, " has no CUDA twin yet");
+  if (backend.cuda) return backend.cuda->rope_shift(*backend.stream, a);
   check_contents(a);
   backend.cpu->rope_shift(*backend.pool, a);
 }

@@ -2,6 +2,7 @@
 // prt_op_run("score_blocks", {scores, log_total, q, low, high, page_table, kv_len}, {scale})
 #include "attention/choice.h"
 #include "ops/cpu_table.h"
+#include "ops/cuda_table.h"
 
 namespace prt {
 
@@ -19,7 +20,7 @@ void page_bounds(const Backend& backend, const PageBounds& a) {
   check_shape(op, "low", a.low, a.k_pages.dtype, {n_page, h_kv, kPageTokens / kBlockRows, d});
   check_shape(op, "high", a.high, a.k_pages.dtype, {n_page, h_kv, kPageTokens / kBlockRows, d});
   check_shape(op, "pages", a.pages, DType::i32, {-1});
-  if (backend.cuda) fail(PRT_UNSUPPORTED, op, " has no CUDA twin yet");
+  if (backend.cuda) return backend.cuda->page_bounds(*backend.stream, a);
   check_contents(a);
   backend.cpu->page_bounds(*backend.pool, a);
 }
@@ -43,7 +44,7 @@ void score_blocks(const Backend& backend, const ScoreBlocks& a) {
   check(a.scores.shape[2] >= need, op, ": scores has room for ", a.scores.shape[2], " blocks, ", need, " are needed");
   check_shape(op, "log_total", a.log_total, DType::f32, {n_entry, width / d});
   check(a.scale > 0 && a.scale <= 1e30f, op, ": scale is ", a.scale, ", expected a positive number");
-  if (backend.cuda) fail(PRT_UNSUPPORTED, op, " has no CUDA twin yet");
+  if (backend.cuda) return backend.cuda->score_blocks(*backend.stream, a);
   check_contents(a);
   backend.cpu->score_blocks(*backend.pool, a);
 }

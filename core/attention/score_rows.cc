@@ -1,6 +1,7 @@
 // prt_op_run("score_rows", {scores, log_total, q, k_pages, page_table, kv_len, state or empty}, {scale})
 #include "attention/choice.h"
 #include "ops/cpu_table.h"
+#include "ops/cuda_table.h"
 
 namespace prt {
 
@@ -47,7 +48,7 @@ void score_rows(const Backend& backend, const ScoreRows& a) {
   check_shape(op, "kv_len", a.kv_len, DType::i32, {n_entry});
   if (a.state) check_shape(op, "state", a.state, DType::i32, {n_entry});
   check(a.scale > 0 && a.scale <= 1e30f, op, ": scale is ", a.scale, ", expected a positive number");
-  if (backend.cuda) fail(PRT_UNSUPPORTED, op, " has no CUDA twin yet");
+  if (backend.cuda) return backend.cuda->score_rows(*backend.stream, a);
   check_contents(a);
   backend.cpu->score_rows(*backend.pool, a);
 }

@@ -1,6 +1,6 @@
 // prt_op_run("select", {ranges, n_range, tail or empty, mass, true_mass or empty, counters or empty, q, k_pages, page_table, kv_len,
-//                       closed, centroid, variance, range}, {scale, p, fraction, estimator})
-#include "attention/sparse.h"
+//                       closed, centroid, variance, range; state and made, or left out}, {scale, p, fraction, estimator})
+#include "attention/choice.h"
 #include "ops/cpu_table.h"
 #include "ops/cuda_table.h"
 
@@ -15,6 +15,7 @@ int64_t select_scratch_bytes(const Backend& backend, int64_t n_entry, int64_t h_
 void check_contents(const Select& a) {
   const char* op = "select";
   const int64_t n_page = a.k_pages.shape[0], h_kv = a.k_pages.shape[1], n_slot = a.index.centroid.shape[2];
+  if (a.state) check_state(op, a.state, a.kv_len.shape[0], a.ranges.shape[0]);
   for (int64_t e = 0; e < a.kv_len.shape[0]; ++e) {
     const int32_t len = a.kv_len.as<int32_t>()[e], *closed = a.closed.row<int32_t>(e), *pages = a.page_table.row<int32_t>(e);
     const int64_t used = (int64_t{len} + kPageTokens - 1) / kPageTokens;
@@ -55,11 +56,14 @@ void select(const Backend& backend, const Select& a) {
   check_shape(op, "page_table", a.page_table, DType::i32, {n_entry, -1});
   check_shape(op, "kv_len", a.kv_len, DType::i32, {n_entry});
   check_shape(op, "closed", a.closed, DType::i32, {n_entry, 2});
-  check_shape(op, "ranges", a.ranges, DType::i32, {n_entry, h_kv, -1, 2});
+  check_shape(op, "ranges", a.ranges, DType::i32, {a.state ? -1 : n_entry, h_kv, -1, 2});
+  const int64_t n_state = a.ranges.shape[0];
   const int64_t max_range = select_max_range(a.page_table.shape[1], n_slot);
   check(a.ranges.shape[2] >= max_range, op, ": ranges has room for ", a.ranges.shape[2], ", expected at least ", max_range);
-  check_shape(op, "n_range", a.n_range, DType::i32, {n_entry, h_kv});
-  if (a.tail) check_shape(op, "tail", a.tail, DType::f32, {n_entry, h_q, a.page_table.shape[1] * n_slot});
+  check_shape(op, "n_range", a.n_range, DType::i32, {n_state, h_kv});
+  if (a.state) check_shape(op, "state", a.state, DType::i32, {n_entry});
+  if (a.state) check_shape(op, "made", a.made, DType::i32, {n_state});
+  if (a.tail) check_shape(op, "tail", a.tail, DType::f32, {n_state, h_q, a.page_table.shape[1] * n_slot});
   check_shape(op, "mass", a.mass, DType::f32, {n_entry, h_q});
   if (a.true_mass) check_shape(op, "true_mass", a.true_mass, DType::f32, {n_entry, h_q});
   if (a.counters) check_shape(op, "counters", a.counters, DType::i64, {h_kv, kAttentionCounters});

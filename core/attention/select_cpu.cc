@@ -222,14 +222,20 @@ PRT_INLINE float choose_by_fit(const Query& x, const Mass& open, float top) {
   return share(taken, total);
 }
 
+// Where the entry's choice goes; -1: it is left alone.
+PRT_INLINE int64_t place_of(const Select& a, int64_t entry) {
+  return a.state.data ? static_cast<const int32_t*>(a.state.data)[entry] : entry;
+}
+
 // The union of the group's choices goes to the first head's `chosen`; then it is written as ranges, neighbours joined.
 PRT_INLINE void write_union(const Select& a, int64_t entry, int64_t kv_head, int64_t group) {
+  const int64_t place = place_of(a, entry);
   const Query x = Query::of(a, entry, kv_head * group);
   for (int64_t g = 1; g < group; ++g) {
     const int32_t* chosen = Query::of(a, entry, kv_head * group + g).chosen;
     for (int64_t j = 0; j < x.n_cluster; ++j) x.chosen[j] |= chosen[j];
   }
-  int32_t* out = a.ranges.row<int32_t>(entry) + kv_head * a.ranges.shape[2] * 2;
+  int32_t* out = a.ranges.row<int32_t>(place) + kv_head * a.ranges.shape[2] * 2;
   int64_t n = 0, end = -1, total = 0;
   const auto put = [&](RowRange rows) {
     if (rows.n == 0) return;
@@ -243,15 +249,17 @@ PRT_INLINE void write_union(const Select& a, int64_t entry, int64_t kv_head, int
   for (int64_t j = 0; j < x.n_cluster; ++j)
     if (x.chosen[j]) put(rows_of(x, j));
   put({closed[1] * kPageTokens, len - closed[1] * kPageTokens});
-  a.n_range.row<int32_t>(entry)[kv_head] = static_cast<int32_t>(n);
+  a.n_range.row<int32_t>(place)[kv_head] = static_cast<int32_t>(n);
 }
 
 PRT_INLINE void count(const Select& a, int64_t entry, int64_t kv_head, int64_t group) {
   AttentionCounters& c = static_cast<AttentionCounters*>(a.counters.data)[kv_head];
-  const int32_t *closed = a.closed.row<int32_t>(entry), n = a.n_range.row<int32_t>(entry)[kv_head],
-                *range = a.ranges.row<int32_t>(entry) + kv_head * a.ranges.shape[2] * 2;
+  const int64_t place = place_of(a, entry);
+  const int32_t *closed = a.closed.row<int32_t>(entry), n = a.n_range.row<int32_t>(place)[kv_head],
+                *range = a.ranges.row<int32_t>(place) + kv_head * a.ranges.shape[2] * 2;
   const int64_t context = static_cast<const int32_t*>(a.kv_len.data)[entry], exact = context - (closed[1] - closed[0]) * kPageTokens;
   count_step(c, context, exact, n > 0 ? range[2 * n - 1] : 0);
+  c.n_choice += a.made.data != nullptr;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     ++c.n_mass;
     c.mass += in_parts(a.mass.row<float>(entry)[h], 0x1p32f);
@@ -268,6 +276,7 @@ void select(ThreadPool& pool, const Select& a) {
   with_weight(static_cast<int32_t>(a.k_pages.dtype), [&](auto format) {
     using W = decltype(format);
     pool.parallel_for(n_entry * h_q, [&](int64_t item, int32_t) {
+      if (place_of(a, item / h_q) < 0) return;
       const Query x = Query::of(a, item / h_q, item % h_q);
       const float highest = score_clusters(x, logs);
       const Mass open = open_mass<W>(x);
@@ -276,21 +285,27 @@ void select(ThreadPool& pool, const Select& a) {
           a.estimator == Estimator::moment ? choose_by_moment<W>(x, open, top) : choose_by_fit<W>(x, open, top);
     });
     pool.parallel_for(n_entry * h_kv, [&](int64_t item, int32_t) {
-      const int64_t entry = item / h_kv, kv_head = item % h_kv;
+      const int64_t entry = item / h_kv, kv_head = item % h_kv, place = place_of(a, entry);
+      if (place < 0) return;
       write_union(a, entry, kv_head, group);
       const int32_t* in_union = Query::of(a, entry, kv_head * group).chosen;
       for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
         const Query x = Query::of(a, entry, h);
-        float* tail = a.tail.data ? a.tail.row<float>(entry) + h * a.tail.shape[2] : nullptr;
+        float* tail = a.tail.data ? a.tail.row<float>(place) + h * a.tail.shape[2] : nullptr;
         for (int64_t j = 0; tail && j < x.n_cluster; ++j) tail[j] = in_union[j] ? -__builtin_inff() : x.rest[j];
         if (a.true_mass.data)
           a.true_mass.row<float>(entry)[h] =
               held_share<W>(keys_of(x), static_cast<const int32_t*>(a.kv_len.data)[entry],
-                            a.ranges.row<int32_t>(entry) + kv_head * a.ranges.shape[2] * 2, a.n_range.row<int32_t>(entry)[kv_head]);
+                            a.ranges.row<int32_t>(place) + kv_head * a.ranges.shape[2] * 2, a.n_range.row<int32_t>(place)[kv_head]);
       }
     });
   });
-  for (int64_t i = 0; a.counters.data && i < n_entry * h_kv; ++i) count(a, i / h_kv, i % h_kv, group);
+  for (int64_t i = 0; i < n_entry * h_kv; ++i) {
+    const int64_t entry = i / h_kv, place = place_of(a, entry);
+    if (place < 0) continue;
+    if (a.counters.data) count(a, entry, i % h_kv, group);
+    if (a.made.data) static_cast<int32_t*>(a.made.data)[place] = static_cast<const int32_t*>(a.kv_len.data)[entry];
+  }
 }
 
 }  // namespace prt::PRT_ISA

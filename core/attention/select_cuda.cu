@@ -18,12 +18,14 @@ template <class T, int D, bool kFit>
 __global__ void __launch_bounds__(kThreads, 1) choose_kernel(const __grid_constant__ SelectArgs a) {
   using Choice = std::conditional_t<kFit, Fit<T>, Moment<T, D>>;
   extern __shared__ uint4 shared[];
+  if (a.state) pdl_wait();  // a kernel may have written it
   Choice x(a, shared);
   x.prepare();
   cluster_arrive_block();
   pdl_wait();
   pdl_launch();
   cluster_wait_block();  // all blocks are there and have set up their memory
+  if (a.place(x.entry) < 0) return;
   const int log_share = !kFit && a.searched && x.e.n_cluster > 0 ? a.log_share : 0, n_block = 1 << log_share;  // blocks of a query head
 #pragma unroll 1
   for (int head = x.rank >> log_share; head < a.group; head += x.blocks >> log_share) {
@@ -94,6 +96,7 @@ void select(const CudaStream& stream, const Select& x) {
   a.ranges = x.ranges.as<int2>(), a.n_range = x.n_range.as<int32_t>();
   a.tail = x.tail.as<float>(), a.mass = x.mass.as<float>(), a.true_mass = x.true_mass.as<float>();
   a.counters = x.counters.as<unsigned long long>();
+  a.state = x.state.as<int32_t>(), a.made = x.made.as<int32_t>();
   a.q = x.q.data, a.k = x.k_pages.data;
   a.page_table = x.page_table.as<int32_t>(), a.kv_len = x.kv_len.as<int32_t>(), a.closed = x.closed.as<int32_t>();
   a.centroid = x.index.centroid.as<uint8_t>(), a.variance = x.index.variance.as<uint8_t>(), a.range = x.index.range.as<int2>();

@@ -34,7 +34,8 @@ struct SelectArgs {
   float *tail, *mass, *true_mass;
   unsigned long long* counters;
   const void *q, *k;
-  const int32_t *page_table, *kv_len, *closed;
+  const int32_t *page_table, *kv_len, *closed, *state;  // state: or null
+  int32_t* made;
   const uint8_t *centroid, *variance;
   const int2* range;
   uint64_t* sorted;    // [n_entry][h_q][room], with sorted_mass for `fit`
@@ -58,17 +59,23 @@ struct SelectArgs {
   __device__ const T* query(int entry, int kv_head, int head) const {
     return static_cast<const T*>(q) + entry * q_stride + (int64_t{kv_head} * group + head) * d;
   }
+  // Where the entry's choice goes; -1: it is left alone. After pdl_wait().
+  __device__ int place(int entry) const { return state ? state[entry] : entry; }
   __device__ float* tail_of(int entry, int kv_head, int head) const {
-    return tail + entry * tail_stride + (int64_t{kv_head} * group + head) * tail_row;
+    return tail + place(entry) * tail_stride + (int64_t{kv_head} * group + head) * tail_row;
   }
   __device__ int page_of_cluster(int j) const { return static_cast<int>(static_cast<uint64_t>(j) * per_slot >> 31); }
 };
 
-// What an entry holds.
+// What an entry holds; nothing, if it is left alone.
 struct Entry {
   int len, first_page, end_page, n_cluster;
   Entry() = default;
   __device__ Entry(const SelectArgs& a, int entry) {
+    if (a.place(entry) < 0) {
+      len = first_page = end_page = n_cluster = 0;
+      return;
+    }
     len = a.kv_len[entry];
     first_page = a.closed[entry * a.closed_stride];
     end_page = a.closed[entry * a.closed_stride + 1];

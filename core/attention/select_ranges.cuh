@@ -1,5 +1,6 @@
 // The union of a group's choices as ranges, and what share of the exact mass they hold.
 #pragma once
+#include "attention/mass_cuda.cuh"
 #include "attention/select_choose.cuh"
 
 namespace prt::cuda::selecting {
@@ -16,7 +17,8 @@ __device__ void write_ranges(const Chooser<T, D>& x) {
   int2 mine{0, 0}, n_chosen;
   for (int w = first_word; w < last_word; ++w) mine.x += __popc(x.chosen[w]);
   const int at = block_scan(mine, s.sums, n_chosen).x, front = e.first_page * kPage, window = e.len - e.end_page * kPage;
-  int2* to = a.ranges + x.entry * a.ranges_stride + x.kv_head * a.max_range;
+  const int place = a.place(x.entry);
+  int2* to = a.ranges + place * a.ranges_stride + x.kv_head * a.max_range;
   int n = front > 0, rows = front, end = front > 0 ? front : -1;  // ranges begun, rows in them, where the last one ends
   if (tid == 0 && front > 0) to[0].x = 0;
 #pragma unroll 1
@@ -50,7 +52,8 @@ __device__ void write_ranges(const Chooser<T, D>& x) {
     to[n++].x = e.end_page * kPage;
   }
   if (n > 0) to[n - 1].y = rows + window;
-  a.n_range[x.entry * a.n_range_stride + x.kv_head] = n;
+  a.n_range[place * a.n_range_stride + x.kv_head] = n;
+  if (a.made && x.kv_head == 0) a.made[place] = e.len;
   if (!a.counters) return;
   const int exact = e.len - (e.end_page - e.first_page) * kPage;
   x.add(&AttentionCounters::n_step, 1);
@@ -58,50 +61,27 @@ __device__ void write_ranges(const Chooser<T, D>& x) {
   x.add(&AttentionCounters::n_selected, rows + window - exact);
   x.add(&AttentionCounters::n_exact, exact);
   x.add(&AttentionCounters::n_mass, a.group);
+  if (a.made) x.add(&AttentionCounters::n_choice, 1);
 }
 
 // The share of the exact mass that the ranges hold, for benchmarks: a block per query head goes through all keys.
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_constant__ SelectArgs a) {
   __shared__ float2 room[2][kWarps];
-  const int head = blockIdx.x, kv_head = blockIdx.y, entry = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int head = blockIdx.x, kv_head = blockIdx.y, entry = blockIdx.z;
   pdl_wait();
   pdl_launch();
   const int32_t *pages = a.page_table + entry * a.table_stride, len = a.kv_len[entry];
-  const int2* range = a.ranges + entry * a.ranges_stride + kv_head * a.max_range;
-  const int n_range = a.n_range[entry * a.n_range_stride + kv_head];
+  const int place = a.place(entry);
+  if (place < 0) return;
+  const int2* range = a.ranges + place * a.ranges_stride + kv_head * a.max_range;
+  const int n_range = a.n_range[place * a.n_range_stride + kv_head];
   const RowScorer<T, D> q(a.query<T>(entry, kv_head, head), a.d);
-  const auto row = [&](int r) {
-    return static_cast<const T*>(a.k) + ((int64_t{pages[r / kPage]} * a.h_kv + kv_head) * kPage + r % kPage) * a.d;
-  };
-  const auto add = [&](Mass& mass, int first, int n) {
-    for (int r = lane / 4; r - lane / 4 < n; r += kTile) {
-      float s0, s1;
-      q.score(row(first + min(r, n - 1)), row(first + min(r + 8, n - 1)), s0, s1);
-      if (r < n) mass.add({s0 * (a.scale * kLog2e), 1});
-      if (r + 8 < n) mass.add({s1 * (a.scale * kLog2e), 1});
-    }
-  };
-  Mass mass[2];  // of all rows, of those in ranges
-  for (int r = warp * kPage; r < len; r += kWarps * kPage) add(mass[0], r, min(kPage, len - r));
-  for (int i = warp; i < n_range; i += kWarps) add(mass[1], range[i].x, range[i].y - (i > 0 ? range[i - 1].y : 0));
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const Mass m = warp_mass<4>(mass[i]);
-    if (lane == 0) room[i][warp] = {m.top, m.total};
-  }
-  __syncthreads();
+  const HeadKeys<T> keys{static_cast<const T*>(a.k), pages, a.h_kv, kv_head, a.d};
+  const float share = held_share<kWarps>(q, keys, len, range, n_range, a.scale * kLog2e, room);
   if (threadIdx.x > 0) return;
-  Mass all, held;
-  for (int w = 0; w < kWarps; ++w) all.add({room[0][w].x, room[0][w].y}), held.add({room[1][w].x, room[1][w].y});
-  const float share = all.total > 0 ? fminf(held.under(all.top) / all.total, 1) : 1;
   a.true_mass[entry * a.true_stride + kv_head * a.group + head] = share;
-  if (!a.counters) return;
-  unsigned long long* to = a.counters + kv_head * kAttentionCounters;
-  atomicAdd(to + offsetof(AttentionCounters, n_true) / 8, 1ull);
-  atomicAdd(to + offsetof(AttentionCounters, true_mass) / 8, static_cast<unsigned long long>(share * 0x1p32f));
-  if (share >= a.p) atomicAdd(to + offsetof(AttentionCounters, n_reached) / 8, 1ull);
-  atomicAdd(to + offsetof(AttentionCounters, histogram) / 8 + min(static_cast<int>(share * PRT_MASS_BINS), PRT_MASS_BINS - 1), 1ull);
+  if (a.counters) count_true(a.counters + kv_head * kAttentionCounters, share, a.p);
 }
 
 }  // namespace prt::cuda::selecting

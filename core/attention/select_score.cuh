@@ -305,6 +305,7 @@ struct Scorer {
 
   __device__ void run() {
     pdl_launch();
+    if (a.state) pdl_wait();  // a kernel may have written it
     const Tiles tiles(a, blockIdx.y * 32);
     Cursor now{};
     now.position = unit;

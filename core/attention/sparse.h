@@ -73,6 +73,8 @@ struct Select {
   float fraction;  // 0; for benchmarks: the cut is where this share of the clustered rows is taken, whatever their mass
   Estimator estimator;
   Tensor scratch;  // [select_scratch_bytes() / 4] f32
+  Tensor state{};  // [n_entry] i32, or missing: ranges, n_range and tail are [n_state], and entry e has row state[e]; -1: it is left alone
+  Tensor made{};  // out [n_state] i32, with state: kv_len when the choice was made; n_choice is counted
 };
 void select(const Backend&, const Select&);
 int64_t select_scratch_bytes(const Backend&, int64_t n_entry, int64_t h_q, int64_t h_kv, int64_t max_pages, int64_t n_slot);
@@ -117,7 +119,7 @@ struct SparseAttention {
   Tensor value;  // [n_page][h_kv][n_slot][d_head] f8, with tail
   float scale;
   Tensor scratch;  // [sparse_attention_scratch_bytes() / 4] f32
-  Tensor state{};  // [n_entry] i32, or missing: ranges and n_range are [n_state], and entry e has row state[e]; -1: it is left alone
+  Tensor state{};  // [n_entry] i32, or missing: ranges, n_range and tail are [n_state], and entry e has row state[e]; -1: it is left alone
 };
 void sparse_attention(const Backend&, const SparseAttention&);
 int64_t sparse_attention_scratch_bytes(const Backend&, int64_t n_entry, int64_t max_pages, int64_t h_q, int64_t h_kv, int64_t d_head);

@@ -65,12 +65,11 @@ void sparse_attention(const Backend& backend, const SparseAttention& a) {
   if (a.tail) {
     check_shape(op, "value", a.value, DType::f8, {n_page, h_kv, -1, d});
     check_shape(op, "closed", a.closed, DType::i32, {n_entry, 2});
-    check_shape(op, "tail", a.tail, DType::f32, {n_entry, width / d, a.page_table.shape[1] * a.value.shape[2]});
+    check_shape(op, "tail", a.tail, DType::f32, {a.ranges.shape[0], width / d, a.page_table.shape[1] * a.value.shape[2]});
   }
   check(a.scale > 0 && a.scale <= 1e30f, op, ": scale is ", a.scale, ", expected a positive number");
   const int64_t need = sparse_attention_scratch_bytes(backend, n_entry, a.page_table.shape[1], width / d, h_kv, d);
   check(a.scratch.bytes() >= need, op, ": scratch has ", a.scratch.bytes(), " bytes, ", need, " are needed");
-  if (backend.cuda && a.state) fail(PRT_UNSUPPORTED, op, ": state has no CUDA twin yet");
   if (backend.cuda) return backend.cuda->sparse_attention(*backend.stream, a);
   check_contents(a);
   backend.cpu->sparse_attention(*backend.pool, a);

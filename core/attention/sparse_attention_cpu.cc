@@ -50,7 +50,7 @@ PRT_INLINE void attend_tail(const SparseAttention& a, int64_t entry, int64_t hea
   const int64_t h_kv = a.k_pages.shape[1], d = a.k_pages.shape[3], n_slot = a.value.shape[2];
   const int32_t *closed = a.closed.row<int32_t>(entry), *pages = a.page_table.row<int32_t>(entry) + closed[0];
   const int64_t n = (closed[1] - closed[0]) * n_slot;
-  const float* score = a.tail.row<float>(entry) + head * a.tail.shape[2];
+  const float* score = a.tail.row<float>(place_of(a, entry)) + head * a.tail.shape[2];
   __builtin_memset(sum, 0, static_cast<size_t>(d) * sizeof(float));
   top = row_max(score, n);
   total = 0;

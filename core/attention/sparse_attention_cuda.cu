@@ -38,7 +38,7 @@ struct SparseArgs {
   const uint8_t* value;  // [n_page][h_kv][n_slot][d_head] f8
   const float* tail;  // [n_entry][h_q][n_tail], or null
   const int2 *ranges, *closed;
-  const int32_t *page_table, *n_range;
+  const int32_t *page_table, *n_range, *state;  // state: or null
   int64_t q_stride, table_stride, tail_stride, warm_bytes;  // warm_bytes: of values that are fetched into L2 ahead
   int32_t n_entry, h_kv, group, n_split;  // a group is cut into n_split head blocks of at most to.rows query heads
   int32_t n_slot, n_tail, max_range;
@@ -47,9 +47,10 @@ struct SparseArgs {
   float inv_h_kv;
 };
 
-// What select chose for a pair, an (entry, kv head); clusters: of the closed pages, the first of which is number `closed`.
+// What select chose for a pair, an (entry, kv head); clusters: of the closed pages, the first of which is number `closed`. place: of the
+// entry in ranges and tail; -1: it is left alone.
 struct Choice {
-  int n_row, n_cluster, closed, n_range;
+  int n_row, n_cluster, closed, n_range, place;
 };
 // A head block of a pair, and its place [begin, end) in the line of slices.
 struct Segment {
@@ -70,14 +71,19 @@ __device__ __forceinline__ int entry_of(const SparseArgs& a, int pair) {
   return static_cast<int>((static_cast<float>(pair) + 0.5f) * a.inv_h_kv);
 }
 __device__ __forceinline__ Choice choice_of(const SparseArgs& a, int pair) {
-  const int n = a.n_range[pair];
-  const int2 closed = a.tail ? a.closed[entry_of(a, pair)] : int2{0, 0};
-  const int rows = a.ranges[static_cast<int64_t>(pair) * a.max_range + max(n - 1, 0)].y;
-  return {n > 0 ? rows : 0, (closed.y - closed.x) * a.n_slot, closed.x, n};
+  const int entry = entry_of(a, pair), place = a.state ? a.state[entry] : entry;
+  if (place < 0) return {0, 0, 0, 0, -1};
+  const int64_t at = int64_t{place - entry} * a.h_kv + pair;
+  const int n = a.n_range[at];
+  const int2 closed = a.tail ? a.closed[entry] : int2{0, 0};
+  const int rows = a.ranges[at * a.max_range + max(n - 1, 0)].y;
+  return {n > 0 ? rows : 0, (closed.y - closed.x) * a.n_slot, closed.x, n, place};
 }
 __device__ __forceinline__ int row_slices(const Choice& n) { return (n.n_row + kRows - 1) / kRows; }
-// Of both kinds; at least one, so that the output of an entry without rows is written.
-__device__ __forceinline__ int slices(const Choice& n) { return max(row_slices(n) + (n.n_cluster + kClusters - 1) / kClusters, 1); }
+// Of both kinds; at least one, so that the output of an entry without rows is written, unless it is left alone.
+__device__ __forceinline__ int slices(const Choice& n) {
+  return max(row_slices(n) + (n.n_cluster + kClusters - 1) / kClusters, n.place >= 0 ? 1 : 0);
+}
 
 // Every warp for itself: the stretch of this CTA and the segment it starts in. False where there is nothing to do. Stretches are fitted to
 // segments where that leaves few CTAs idle, for a change of segment inside a CTA and a merge across CTAs cost 1 to 2 us each.
@@ -99,6 +105,7 @@ __device__ __forceinline__ bool find_stretch(const SparseArgs& a, const Choice* 
   }
   longest = __reduce_max_sync(~0u, longest);
   int total = sum_all(sum) * a.n_split;
+  if (total == 0) return false;
   const int even = divide_up(total, n_cta), n_segment = n_pair * a.n_split;
   int length = even;
   bool own = n_segment <= n_cta;
@@ -531,9 +538,9 @@ __global__ void __launch_bounds__(32 * W, 1) sparse_attention_kernel(const __gri
     const int cluster0 = from - row0, n_clusters = n.n_cluster > 0 ? to - from - n_rows : 0;
 
     const int32_t* pages = a.page_table + entry * a.table_stride;
-    Rows<D> rows{a, a.ranges + static_cast<int64_t>(here.pair) * a.max_range, pages, kv_head, n.n_row, n.n_range};
+    Rows<D> rows{a, a.ranges + (int64_t{n.place} * a.h_kv + kv_head) * a.max_range, pages, kv_head, n.n_row, n.n_range};
     Clusters<D> clusters{
-        a, a.tail + entry * a.tail_stride + static_cast<int64_t>(head0) * a.n_tail, pages + n.closed, kv_head, heads, n.n_cluster, {}, {}};
+        a, a.tail + n.place * a.tail_stride + static_cast<int64_t>(head0) * a.n_tail, pages + n.closed, kv_head, heads, n.n_cluster, {}, {}};
     // Two chains of look-ups side by side: page, values; range, window, page, rows.
     if (n_clusters > 0) clusters.look_up(cluster0);
     if (n_rows > 0) rows.seek(row0);
@@ -571,9 +578,11 @@ __global__ void __launch_bounds__(32 * W, 1) sparse_attention_kernel(const __gri
                        warp_bytes);
     __syncthreads();
     if (here.end >= stretch.end) break;
-    if (++here.part == a.n_split) here.part = 0, ++here.pair;
     here.begin = here.end;
-    here.end += slices(choice[here.pair]);
+    do {
+      if (++here.part == a.n_split) here.part = 0, ++here.pair;
+      here.end += slices(choice[here.pair]);
+    } while (here.end == here.begin);
   }
 }
 
@@ -588,7 +597,8 @@ __global__ void __launch_bounds__(kThreads) sparse_attention_any_kernel(const __
   const int entry = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y), kv_head = head / a.group;
   const int thread = static_cast<int>(threadIdx.x), pair = entry * a.h_kv + kv_head;
   const Choice n = choice_of(a, pair);
-  const int2* ranges = a.ranges + static_cast<int64_t>(pair) * a.max_range;
+  if (n.place < 0) return;
+  const int2* ranges = a.ranges + (int64_t{n.place} * a.h_kv + kv_head) * a.max_range;
   const int32_t* pages = a.page_table + entry * a.table_stride;
   for (int i = thread; i < d; i += kThreads) query[i] = to_float(static_cast<const T*>(a.q)[entry * a.q_stride + head * d + i]) * a.scale;
 
@@ -611,7 +621,7 @@ __global__ void __launch_bounds__(kThreads) sparse_attention_any_kernel(const __
       for (int i = 0; i < d; ++i) score = fmaf(query[i], to_float(key[i]), score);
     } else if (cluster < n.n_cluster) {
       from[thread] = (static_cast<int64_t>(pages[n.closed + cluster / a.n_slot]) * a.h_kv + kv_head) * a.n_slot + cluster % a.n_slot;
-      score = a.tail[entry * a.tail_stride + static_cast<int64_t>(head) * a.n_tail + cluster] * kLog2e;
+      score = a.tail[n.place * a.tail_stride + static_cast<int64_t>(head) * a.n_tail + cluster] * kLog2e;
     }
     const float most = fmaxf(top, block_max(score, shared));
     __syncthreads();
@@ -648,6 +658,7 @@ SparseArgs sparse_args(const CudaStream& stream, const SparseAttention& a) {
   args.to = {a.out.data, a.scratch.as<float>(), stream.counters, a.out.row_stride, static_cast<int32_t>(rows)};
   args.q = a.q.data, args.k = a.k_pages.data, args.v = a.v_pages.data;
   args.page_table = a.page_table.as<int32_t>(), args.ranges = a.ranges.as<int2>(), args.n_range = a.n_range.as<int32_t>();
+  args.state = a.state.as<int32_t>();
   args.q_stride = a.q.row_stride, args.table_stride = a.page_table.row_stride;
   args.n_entry = static_cast<int32_t>(a.q.shape[0]), args.h_kv = static_cast<int32_t>(h_kv), args.group = static_cast<int32_t>(group);
   args.n_split = static_cast<int32_t>((group + rows - 1) / rows), args.max_range = static_cast<int32_t>(a.ranges.shape[2]);

@@ -11,6 +11,14 @@ Streaming::Streaming(const PolicyContext& x, const prt_attention& c) : ChoicePol
   const int64_t left = (first_page() + window_pages()) * kPageTokens;
   check(!c.evict || c.min_context <= left, "attention 'streaming': evict leaves ", left, " rows, min_context is ", c.min_context,
         ": tokens that see fewer would be dense again");
+  if (!c.evict) return;
+  const auto lay_out = [&](Arena arena) {
+    for (Tensor& t : lists_) t = arena.take(DType::i32, max_pages_);
+    cos_sin_ = arena.take(DType::f32, d_head());
+    return arena.used();
+  };
+  memory_ = take_memory(lay_out(Arena()), "the lists of attention 'streaming'");
+  lay_out(Arena(memory_.data()));
 }
 
 void Streaming::prepare(const int64_t* seq, int64_t n) {
@@ -22,9 +30,9 @@ void Streaming::evict(int64_t seq) {
   const int64_t gone = s.length / kPageTokens - window_pages() - first_page();  // what is left is the window and less than a page
   if (gone < window_pages() + 1) return;
   pool_.own_tail(seq, first_page() + gone, copy_from_, copy_to_);  // before anything else: it may fail
-  const auto list = [](const int32_t* pages, size_t n) { return make_tensor(const_cast<int32_t*>(pages), DType::i32, n); };
-  for (size_t i = 0; !copy_from_.empty() && i < k_.size(); ++i)
-    page_copy(backend_, {k_[i], v_[i], list(copy_from_.data(), copy_from_.size()), list(copy_to_.data(), copy_to_.size())});
+  const auto n_copy = static_cast<int64_t>(copy_from_.size());
+  const Tensor from = send(lists_[0], copy_from_.data(), n_copy), to = send(lists_[1], copy_to_.data(), n_copy);
+  for (size_t i = 0; n_copy > 0 && i < k_.size(); ++i) page_copy(backend_, {k_[i], v_[i], from, to});
   pool_.evict(seq, first_page(), gone);
   std::vector<float> turn;
   for (const bool sine : {false, true})
@@ -32,8 +40,10 @@ void Streaming::evict(int64_t seq) {
       const double angle = -static_cast<double>(f) * static_cast<double>(gone * kPageTokens);
       turn.push_back(static_cast<float>(sine ? std::sin(angle) : std::cos(angle)));
     }
-  const Tensor pages = list(s.pages.data() + first_page(), s.pages.size() - static_cast<size_t>(first_page()));
-  for (const Tensor& k : k_) rope_shift(backend_, {k, pages, make_tensor(turn.data(), DType::f32, 2, inv_freq_.size())});
+  const Tensor pages = send(lists_[2], s.pages.data() + first_page(), static_cast<int64_t>(s.pages.size()) - first_page());
+  Tensor cos_sin = send(cos_sin_, turn.data(), static_cast<int64_t>(turn.size()));
+  cos_sin = make_tensor(cos_sin.data, DType::f32, 2, inv_freq_.size());
+  for (const Tensor& k : k_) rope_shift(backend_, {k, pages, cos_sin});
 }
 
 void Streaming::attend(int64_t layer, const Attention& a, const PolicyRows&) {

@@ -22,6 +22,8 @@ class Streaming : public ChoicePolicy {
 
   std::vector<float> inv_freq_;
   std::vector<int32_t> copy_from_, copy_to_;
+  Buffer memory_;
+  Tensor lists_[3], cos_sin_;  // [max_pages] i32, [d_head] f32: what evict() sends to a GPU
 };
 
 }  // namespace prt

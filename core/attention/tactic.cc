@@ -38,7 +38,7 @@ void Tactic::keep_choices() {
   kept_.reset();
   if (config_.policy != PRT_ATTENTION_TACTIC_RECYCLED) return;
   const int64_t n_slot = slots_of(config_);
-  kept_.emplace(n_layer(), h_kv(), select_max_range(max_pages_, n_slot), h_q_ * d_head(), h_q_ * max_pages_ * n_slot);
+  kept_.emplace(backend_, n_layer(), h_kv(), select_max_range(max_pages_, n_slot), h_q_ * d_head(), h_q_, max_pages_ * n_slot);
 }
 
 bool Tactic::same_clusters(const prt_attention& c) const {
@@ -104,16 +104,9 @@ void Tactic::take_memory() {
   lay_out(measure, config_);
   const char* what = "the index of attention 'tactic'";
   memory_ = Buffer();  // first, so that both need not fit
-  memory_ = backend_.cuda ? device_buffer(backend_.stream->device, measure.used(), what) : host_buffer(measure.used(), what, false);
+  memory_ = Policy::take_memory(measure.used(), what);
   Arena arena(memory_.data());
   at_ = lay_out(arena, config_);
-}
-
-Tensor Tactic::send(int64_t list, const int32_t* pages, int64_t n) const {
-  if (!backend_.cuda) return make_tensor(const_cast<int32_t*>(pages), DType::i32, n);
-  int32_t* to = at_.lists.row<int32_t>(list);
-  copy_to_device(*backend_.stream, to, pages, n * 4);
-  return make_tensor(to, DType::i32, n);
 }
 
 int64_t Tactic::closed_end(const Sequence& s) const {
@@ -158,8 +151,8 @@ void Tactic::close(int64_t seq) {
 void Tactic::close_segments(int64_t seq, int64_t page, int64_t n_segment, int64_t n_page) {
   const auto n_copy = static_cast<int64_t>(copy_from_.size());
   const int32_t* pages = pool_.at(seq).pages.data() + page;
-  const Tensor from = send(0, copy_from_.data(), n_copy), to = send(1, copy_to_.data(), n_copy);
-  const Tensor list = send(2, pages, n_segment * n_page), segments = make_tensor(list.data, DType::i32, n_segment, n_page);
+  const Tensor from = send(list(0), copy_from_.data(), n_copy), to = send(list(1), copy_to_.data(), n_copy);
+  const Tensor all = send(list(2), pages, n_segment * n_page), segments = make_tensor(all.data, DType::i32, n_segment, n_page);
   for (size_t i = 0; i < k_.size(); ++i) {
     if (n_copy > 0) page_copy(backend_, {k_[i], v_[i], from, to});
     cluster(backend_, {k_[i], v_[i], segments, at_.index[i], config_.iterations, config_.seed, at_.cluster_scratch});
@@ -189,7 +182,7 @@ void Tactic::restore(int64_t seq, const std::vector<int32_t>& segments) {
 
 // Pages src of a closed segment, as they were before, go to dst.
 void Tactic::open(const int32_t* src, int64_t n, const int32_t* dst, int64_t m) {
-  const Tensor from = send(0, src, n), to = send(1, dst, m);
+  const Tensor from = send(list(0), src, n), to = send(list(1), dst, m);
   for (size_t i = 0; i < k_.size(); ++i) uncluster(backend_, {k_[i], v_[i], at_.index[i].order, from, to, at_.cluster_scratch});
 }
 
@@ -237,12 +230,19 @@ void Tactic::closed_pages(int64_t seq, int32_t out[2]) const {
   out[1] = static_cast<int32_t>(end == first_page() ? 0 : end);
 }
 
-void Tactic::choose(int64_t layer, const Attention& a, const Tensor& closed, const Tensor& ranges, const Tensor& n_range,
-                    const Tensor& tail) {
+Tactic::Place Tactic::place(int64_t layer, int64_t n_entry) const {
+  if (!kept_) return {at_.ranges.rows(0, n_entry), at_.n_range.rows(0, n_entry), config_.tail ? at_.tail.rows(0, n_entry) : Tensor{}, {}};
+  const KeptChoices::Layer& l = kept_->layer(layer);
+  return {l.ranges, l.n_range, config_.tail ? l.tail : Tensor{}, l.made};
+}
+
+// anew: the states to choose for; missing: a choice for each entry.
+void Tactic::choose(int64_t layer, const Attention& a, const PolicyRows& rows, const Tensor& anew) const {
   const int64_t m = a.kv_len.shape[0];
-  select(backend_, {.ranges = ranges,
-                    .n_range = n_range,
-                    .tail = config_.tail ? tail : Tensor{},
+  const Place to = place(layer, m);
+  select(backend_, {.ranges = to.ranges,
+                    .n_range = to.n_range,
+                    .tail = to.tail,
                     .mass = at_.mass.rows(0, m),
                     .true_mass = config_.measure ? at_.true_mass.rows(0, m) : Tensor{},
                     .counters = counters_of(layer),
@@ -250,27 +250,29 @@ void Tactic::choose(int64_t layer, const Attention& a, const Tensor& closed, con
                     .k_pages = a.k_pages,
                     .page_table = a.page_table,
                     .kv_len = a.kv_len,
-                    .closed = closed,
+                    .closed = rows.closed,
                     .index = at_.index[static_cast<size_t>(layer)],
                     .scale = a.scale,
                     .p = config_.p,
                     .fraction = config_.selected,
                     .estimator = static_cast<Estimator>(config_.estimator),
-                    .scratch = at_.select_scratch});
+                    .scratch = at_.select_scratch,
+                    .state = anew,
+                    .made = to.made});
 }
 
 void Tactic::attend(int64_t layer, const Attention& a, const PolicyRows& rows) {
-  const int64_t m = a.kv_len.shape[0];
   if (kept_) choose_or_reuse(layer, a, rows);
-  else choose(layer, a, rows.closed, at_.ranges.rows(0, m), at_.n_range.rows(0, m), at_.tail.rows(0, m));
+  else choose(layer, a, rows, {});
+  const Place from = place(layer, a.kv_len.shape[0]);
   sparse_attention(backend_, {.out = a.out,
                               .q = a.q,
                               .k_pages = a.k_pages,
                               .v_pages = a.v_pages,
                               .page_table = a.page_table,
-                              .ranges = kept_ ? kept_->layer(layer).ranges : at_.ranges.rows(0, m),
-                              .n_range = kept_ ? kept_->layer(layer).n_range : at_.n_range.rows(0, m),
-                              .tail = config_.tail ? at_.tail.rows(0, m) : Tensor{},
+                              .ranges = from.ranges,
+                              .n_range = from.n_range,
+                              .tail = from.tail,
                               .closed = rows.closed,
                               .value = at_.index[static_cast<size_t>(layer)].value,
                               .scale = a.scale,
@@ -278,44 +280,30 @@ void Tactic::attend(int64_t layer, const Attention& a, const PolicyRows& rows) {
                               .state = kept_ ? rows.state : Tensor{}});
 }
 
-// On the CPU, entry by entry: each either chooses or does not. A GPU will want a list of states in `select`.
-void Tactic::choose_or_reuse(int64_t layer, const Attention& a, const PolicyRows& rows) {
-  const int64_t m = a.kv_len.shape[0], n_tail = h_q_ * at_.tail.shape[2];
+void Tactic::choose_or_reuse(int64_t layer, const Attention& a, const PolicyRows& rows) const {
+  const int64_t m = a.kv_len.shape[0];
   const KeptChoices::Layer& l = kept_->layer(layer);
+  const Tensor anew = at_.anew.rows(0, m), kept = at_.kept.rows(0, m);
   const float threshold = config_.threshold > 0 ? config_.threshold : 0.9f;
-  reuse(backend_, {at_.anew.rows(0, m), at_.kept.rows(0, m), l.ranges, l.n_range, l.made, l.query, a.q, a.kv_len, rows.state,
-                   config_.stride, std::max(1, config_.check), threshold});
-  for (int64_t e = 0; e < m; ++e) {
-    const int32_t place = rows.state.as<int32_t>()[e];
-    Attention one = a;
-    one.q = a.q.rows(e, 1), one.kv_len = a.kv_len.rows(e, 1), one.page_table = a.page_table.rows(e, 1);
-    const Tensor closed = rows.closed.rows(e, 1);
-    float *tail = at_.tail.row<float>(e), *kept_tail = l.tail.row<float>(place);
-    if (at_.anew.as<int32_t>()[e] >= 0) {
-      choose(layer, one, closed, l.ranges.rows(place, 1), l.n_range.rows(place, 1), at_.tail.rows(e, 1));
-      l.made.as<int32_t>()[place] = a.kv_len.as<int32_t>()[e];
-      if (config_.tail) std::copy_n(tail, n_tail, kept_tail);
-      for (int64_t h = 0; h < h_kv(); ++h) ++counters_of(layer).row<int64_t>(h)[offsetof(AttentionCounters, n_choice) / 8];
-    } else {
-      if (config_.tail) std::copy_n(kept_tail, n_tail, tail);
-      count_rows(backend_, {.counters = counters_of(layer),
-                            .true_mass = config_.measure ? at_.true_mass.rows(e, 1) : Tensor{},
-                            .q = one.q,
-                            .k_pages = a.k_pages,
-                            .page_table = one.page_table,
-                            .kv_len = one.kv_len,
-                            .ranges = l.ranges,
-                            .n_range = l.n_range,
-                            .state = at_.kept.rows(e, 1),
-                            .made = l.made,
-                            .closed = closed,
-                            .unit = 1,
-                            .sinks = config_.sinks,
-                            .window = config_.window,
-                            .scale = a.scale,
-                            .p = config_.p});
-    }
-  }
+  reuse(backend_, {anew, kept, l.ranges, l.n_range, l.made, l.query, a.q, a.kv_len, rows.state, config_.stride, std::max(1, config_.check),
+                   threshold});
+  count_rows(backend_, {.counters = counters_of(layer),
+                        .true_mass = config_.measure ? at_.true_mass.rows(0, m) : Tensor{},
+                        .q = a.q,
+                        .k_pages = a.k_pages,
+                        .page_table = a.page_table,
+                        .kv_len = a.kv_len,
+                        .ranges = l.ranges,
+                        .n_range = l.n_range,
+                        .state = kept,
+                        .made = l.made,
+                        .closed = rows.closed,
+                        .unit = 1,
+                        .sinks = config_.sinks,
+                        .window = config_.window,
+                        .scale = a.scale,
+                        .p = config_.p});
+  choose(layer, a, rows, anew);
 }
 
 void Tactic::add_stats(prt_session_stats& s) const {

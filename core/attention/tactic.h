@@ -44,9 +44,14 @@ class Tactic : public Policy {
     Tensor anew, kept;                // [entries_at_once] i32: of Reuse
     Tensor ranges, n_range, tail, mass, true_mass, select_scratch, attend_scratch, cluster_scratch;
   };
+  // Where choices go: those that are kept for a layer, or working memory for one step.
+  struct Place {
+    Tensor ranges, n_range, tail, made;
+  };
+  Place place(int64_t layer, int64_t n_entry) const;
   void attend(int64_t layer, const Attention& a, const PolicyRows& rows) override;
-  void choose(int64_t layer, const Attention& a, const Tensor& closed, const Tensor& ranges, const Tensor& n_range, const Tensor& tail);
-  void choose_or_reuse(int64_t layer, const Attention& a, const PolicyRows& rows);
+  void choose(int64_t layer, const Attention& a, const PolicyRows& rows, const Tensor& anew) const;
+  void choose_or_reuse(int64_t layer, const Attention& a, const PolicyRows& rows) const;
   void keep_choices();
   Views lay_out(Arena& arena, const prt_attention& c) const;
   void check_fits(const prt_attention& c) const;
@@ -58,7 +63,7 @@ class Tactic : public Policy {
   void close_segments(int64_t seq, int64_t page, int64_t n_segment, int64_t n_page);
   void open(const int32_t* src, int64_t n, const int32_t* dst, int64_t m);
   void open_all();
-  Tensor send(int64_t list, const int32_t* pages, int64_t n) const;  // to where the operations read them
+  Tensor list(int64_t i) const { return at_.lists.rows(i, 1); }
 
   Buffer memory_;
   Views at_;

@@ -2,6 +2,7 @@
 //                        {h_q, unit, k, fraction, p, sinks, window, vote, pool})
 #include "attention/choice.h"
 #include "ops/cpu_table.h"
+#include "ops/cuda_table.h"
 
 namespace prt {
 
@@ -52,7 +53,7 @@ void top_rows(const Backend& backend, const TopRows& a) {
     const int64_t need = top_rows_scratch_bytes(n_entry, h_kv, a.scores.shape[2]);
     check(a.scratch.bytes() >= need, op, ": scratch has ", a.scratch.bytes(), " bytes, ", need, " are needed");
   }
-  if (backend.cuda) fail(PRT_UNSUPPORTED, op, " has no CUDA twin yet");
+  if (backend.cuda) return backend.cuda->top_rows(*backend.stream, a);
   check_contents(a);
   backend.cpu->top_rows(*backend.pool, a);
 }

@@ -241,6 +241,10 @@ void copy_rows_to_device(const CudaStream& s, void* dst, const void* src, int64_
       "a copy to the device");
 }
 
+void copy_on_device(const CudaStream& s, void* dst, const void* src, int64_t bytes) {
+  cuda_check(cudaMemcpyAsync(dst, src, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, s.handle), "a copy on the device");
+}
+
 void copy_to_host(const CudaStream& s, void* dst, const void* src, int64_t bytes) {
   cuda_check(cudaMemcpyAsync(dst, src, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, s.handle), "a copy from the device");
 }

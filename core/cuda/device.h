@@ -51,6 +51,7 @@ class CudaContext {
 // Queued on the stream. Host memory that is not pinned is copied before the call returns.
 void copy_to_device(const CudaStream& s, void* dst, const void* src, int64_t bytes);
 void copy_rows_to_device(const CudaStream& s, void* dst, const void* src, int64_t row_bytes, int64_t pitch, int64_t n_row);
+void copy_on_device(const CudaStream& s, void* dst, const void* src, int64_t bytes);
 void copy_to_host(const CudaStream& s, void* dst, const void* src, int64_t bytes);
 void fill(const CudaStream& s, void* dst, int byte, int64_t bytes);
 void synchronize(const CudaStream& s);  // and reports what went wrong in anything queued so far

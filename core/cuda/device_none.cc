@@ -26,6 +26,7 @@ CudaContext::CudaContext(int32_t) { none(); }
 CudaContext::~CudaContext() = default;
 void copy_to_device(const CudaStream&, void*, const void*, int64_t) { none(); }
 void copy_rows_to_device(const CudaStream&, void*, const void*, int64_t, int64_t, int64_t) { none(); }
+void copy_on_device(const CudaStream&, void*, const void*, int64_t) { none(); }
 void copy_to_host(const CudaStream&, void*, const void*, int64_t) { none(); }
 void fill(const CudaStream&, void*, int, int64_t) { none(); }
 void synchronize(const CudaStream&) { none(); }

@@ -13,6 +13,9 @@ struct Params {
   int32_t n_entry, h_kv, group, d, window;
   float scale;
   bool wide;  // rows of k_pages are whole aligned 16-byte units
+  float *scores, *log_total;  // of attention_decode, as in Attention, or null
+  const int32_t* state;
+  int64_t room;
 };
 
 // f of all threads' x, in a fixed order
@@ -57,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) attention_any_kernel(T* out, const T
     const int32_t middle = (entry + end) / 2;
     (p.q_begin[middle] <= row ? entry : end) = middle;
   }
-  if (row >= p.q_begin[p.n_entry]) return;
+  if (row >= p.q_begin[p.n_entry] || (p.state && p.state[entry] < 0)) return;
   const int32_t key_end = p.kv_len[entry] - (p.q_begin[entry + 1] - row) + 1;
   const int32_t key_begin = p.window > 0 ? max(0, key_end - p.window) : 0;
   const int32_t* pages = p.page_table + entry * p.max_pages;
@@ -71,6 +74,7 @@ __global__ void __launch_bounds__(kThreads) attention_any_kernel(T* out, const T
     if (k < key_end) {
       key_row[thread] = (static_cast<int64_t>(pages[k / kPageTokens]) * p.h_kv + head / p.group) * kPageTokens + k % kPageTokens;
       score = dot(query, k_pages + key_row[thread] * p.d, p.d, p.wide);
+      if (p.scores) p.scores[(int64_t{entry} * gridDim.y + head) * p.room + k] = score;
     }
     const float most = fmaxf(top, block_reduce(score, shared, [](float a, float b) { return fmaxf(a, b); }));
     const float rescale = expf(top - most);
@@ -88,6 +92,7 @@ __global__ void __launch_bounds__(kThreads) attention_any_kernel(T* out, const T
   }
   for (int c = 0; c < 2; ++c)
     if (thread + c * kThreads < p.d) out[row * p.out_stride + head * p.d + thread + c * kThreads] = from_float<T>(sum[c] / total);
+  if (p.log_total && thread == 0) p.log_total[int64_t{entry} * gridDim.y + head] = top + logf(total);
 }
 
 }  // namespace
@@ -106,7 +111,11 @@ void attention_any(const CudaStream& s, const Attention& a) {
                  static_cast<int32_t>(d),
                  static_cast<int32_t>(std::min<int64_t>(a.window, 1 << 30)),
                  a.scale,
-                 d * dtype_size(a.k_pages.dtype) % 16 == 0 && reinterpret_cast<uintptr_t>(a.k_pages.data) % 16 == 0};
+                 d * dtype_size(a.k_pages.dtype) % 16 == 0 && reinterpret_cast<uintptr_t>(a.k_pages.data) % 16 == 0,
+                 a.scores.as<float>(),
+                 a.log_total.as<float>(),
+                 a.state.as<int32_t>(),
+                 a.scores ? a.scores.shape[2] : 0};
   with_dtype(a.k_pages.dtype, [&](auto zero) {
     using T = decltype(zero);
     launch(s, attention_any_kernel<T>, dim3(static_cast<uint32_t>(n_tok), static_cast<uint32_t>(h_q)), kThreads, 0, a.out.as<T>(),

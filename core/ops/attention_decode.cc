@@ -16,7 +16,6 @@ void attention_decode(const Backend& backend, const Attention& a) {
   }
   if (a.state) check_shape("attention_decode", "state", a.state, DType::i32, {n_entry});
   if (backend.cuda) {
-    if (a.scores || a.state) fail(PRT_UNSUPPORTED, "attention_decode: scores and state have no CUDA twin yet");
     const int64_t need = attention_scratch_bytes(backend, n_entry, 0, h_q, h_kv, d);
     check(a.scratch.bytes() >= need, "attention_decode: scratch has ", a.scratch.bytes(), " bytes, ", need, " are needed");
     return backend.cuda->attention_decode(*backend.stream, a);
@@ -26,8 +25,6 @@ void attention_decode(const Backend& backend, const Attention& a) {
   for (int64_t e = 0; e < n_entry; ++e) {
     longest = std::max<int64_t>(longest, a.kv_len.as<int32_t>()[e]);
   }
-  check(!a.scores || a.scores.shape[2] >= longest, "attention_decode: scores has room for ", a.scores.shape[2], " rows, ", longest,
-        " are needed");
   const int64_t need = attention_scratch_bytes(backend, n_entry, longest, h_q, h_kv, d);
   check(a.scratch.bytes() >= need, "attention_decode: scratch has ", a.scratch.bytes(), " bytes, ", need, " are needed");
   backend.cpu->attention_decode(*backend.pool, a);

@@ -22,6 +22,7 @@
 #include "cuda/mma.cuh"
 #include "ops/attention_cuda.h"
 #include "ops/attention_merge.cuh"
+#include "ops/attention_row.cuh"
 #include "ops/cuda_table.h"
 
 namespace prt::cuda {
@@ -40,6 +41,17 @@ struct DecodeArgs {
   int32_t n_split;            // head blocks that a group is cut into
   float scale;                // times log2(e)
 };
+// What Attention says of its optional operands; with an empty one the kernel is what it was without them.
+struct NoScores {
+  static constexpr bool kThere = false;
+};
+struct Scores {
+  static constexpr bool kThere = true;
+  float* scores;  // [n_entry][h_q][room], or null
+  const int32_t* state;
+  int64_t room;
+  float scale;
+};
 
 // A head block of an entry, and its place [begin, end) in the line of slices.
 struct Segment {
@@ -48,13 +60,20 @@ struct Segment {
 };
 
 // Where slices come from: the pages of each entry.
-template <int kKeys>
+template <int kKeys, class More>
 struct Pages {
   const DecodeArgs& a;
+  const More& more;
 
-  // Sets entry, low and high; returns the number of slices. An entry without keys gets a masked one, so that its output is written.
+  // Sets entry, low and high; returns the number of slices. An entry without keys gets a masked one, so that its output is written; one
+  // that is to be left alone gets none.
   __device__ int measure(Segment& s, int entry) const {
     s.entry = entry;
+    if constexpr (More::kThere)
+      if (more.state && more.state[entry] < 0) {
+        s.low = s.high = 0;
+        return 0;
+      }
     s.high = a.kv_len[entry];
     s.low = a.window > 0 ? max(s.high - a.window, 0) : 0;
     return max((s.high + kKeys - 1) / kKeys - s.low / kKeys, 1);
@@ -87,8 +106,8 @@ struct Stretch {
 // A change of segment inside a CTA costs 2 us (queries to load, sums to merge) and a merge across CTAs as much, so stretches are fitted to
 // segments where that leaves few CTAs idle: with fewer segments than CTAs each gets CTAs of its own (its place in the line is rounded up
 // to whole stretches), and with equal lengths each CTA gets whole segments.
-template <int kKeys>
-__device__ bool find_stretch(const Pages<kKeys>& source, int at_least, Segment& s, Stretch& stretch) {
+template <int kKeys, class More>
+__device__ bool find_stretch(const Pages<kKeys, More>& source, int at_least, Segment& s, Stretch& stretch) {
   const DecodeArgs& a = source.a;
   const int lane = threadIdx.x % 32, per_lane = (a.n_entry + 31) / 32, n_block = a.h_kv * a.n_split, n_cta = static_cast<int>(gridDim.x);
   const int e0 = min(lane * per_lane, a.n_entry), e1 = min(e0 + per_lane, a.n_entry);
@@ -102,6 +121,8 @@ __device__ bool find_stretch(const Pages<kKeys>& source, int at_least, Segment& 
   }
   longest = __reduce_max_sync(~0u, longest);
   int total = sum_all(sum) * n_block;
+  if constexpr (More::kThere)
+    if (total == 0) return false;
   const int even = up(total, n_cta), n_segment = a.n_entry * n_block;
   int length = even;
   bool own = n_segment <= n_cta;
@@ -145,21 +166,6 @@ __device__ bool find_stretch(const Pages<kKeys>& source, int at_least, Segment& 
   return true;
 }
 
-// A row of K as part of the A operand of S^T: thread (g, c) holds of rows g and g + 8 the elements 32 i + 8 c ... + 7, which stand for
-// the columns 2c 2c+1 2c+8 2c+9 of two products. Q as the B operand is read the same way.
-template <class T, int D>
-__device__ __forceinline__ void load_row(uint32_t (&r)[D / 8], const T* row, int c) {
-#pragma unroll
-  for (int i = 0; i < D / 32; ++i) {
-    const uint4 x = load_once_16(row + 32 * i + 8 * c);
-    r[4 * i] = x.x, r[4 * i + 1] = x.y, r[4 * i + 2] = x.z, r[4 * i + 3] = x.w;
-  }
-  if constexpr (D % 32 != 0) {
-    const uint2 x = load_once_8(row + D / 32 * 32 + 4 * c);
-    r[D / 8 - 2] = x.x, r[D / 8 - 1] = x.y;
-  }
-}
-
 // Of a row of V, thread g reads D / 8 elements, by twos; word w holds d_of(g, w) and the one after it: rows g and g + 8 of O^T tile w.
 template <int D>
 __device__ __forceinline__ int d_of(int g, int w) {
@@ -190,15 +196,16 @@ __device__ __forceinline__ void load_parked(uint32_t* r, const uint4* from) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(smem_addr(from)));
 }
 
-template <class T, int D, int NB, int W, int J>
-__global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __grid_constant__ DecodeArgs a) {
+template <class T, int D, int NB, int W, int J, class More>
+__global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __grid_constant__ DecodeArgs a, const __grid_constant__ More more) {
   constexpr int kKeys = 16 * J;
   extern __shared__ uint4 memory[];  // the warps' parts, then their Q
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   uint4* parked_q = memory + (W * merge_bytes<D>(a.to.rows)) / 16 + warp * NB * D + lane;
   // kv_len and page_table were copied here by the host and not written by a kernel, so that only what follows the first look-up waits
-  // for the kernel before this one.
-  const Pages<kKeys> source{a};
+  // for the kernel before this one. `state` may be written by one.
+  const Pages<kKeys, More> source{a, more};
+  if constexpr (More::kThere) pdl_wait();
   Segment here;
   Stretch stretch;
   if (!find_stretch(source, 2 * W, here, stretch)) return;
@@ -235,6 +242,8 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
   pdl_launch();
 
   for (int slice = stretch.begin + warp;; source.next(here)) {
+    if constexpr (More::kThere)
+      while (here.begin == here.end) source.next(here);
     const int heads = min(a.to.rows, a.group - here.part * a.to.rows), head0 = here.kv_head * a.group + here.part * a.to.rows;
 
     uint32_t q[NB][D / 8];
@@ -270,12 +279,25 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
           for (int b = 0; b < NB; ++b) mma_16816<T>(s[b][j], keys, q[b][2 * i], q[b][2 * i + 1]);
         }
       }
-      const bool more = to_load < stretch.end;
+      const bool goes_on = to_load < stretch.end;
       const int64_t at = offset();
-      if (more) load_k(at);
+      if (goes_on) load_k(at);
 
       const int key = source.key(here, slice), low = here.low - key, high = here.high - key;
       const bool whole = low <= 0 && high >= kKeys;
+      if constexpr (More::kThere)
+        if (more.scores) {
+          float* to = more.scores + (int64_t{here.entry} * a.h_kv * a.group + head0) * more.room + key;
+#pragma unroll
+          for (int b = 0; b < NB; ++b)
+#pragma unroll
+            for (int j = 0; j < J; ++j)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const int n = 16 * j + 8 * (i / 2) + g, head = 8 * b + 2 * c + i % 2;
+                if (head < heads && n >= low && n < high) to[head * more.room + n] = s[b][j][i] * more.scale;
+              }
+        }
       if (!whole) {
 #pragma unroll
         for (int j = 0; j < J; ++j)
@@ -347,7 +369,7 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
 #pragma unroll
           for (int b = 0; b < NB; ++b) mma_16816<T>(o[b][t], values, p[b][j][0], p[b][j][1]);
         }
-      if (more) {
+      if (goes_on) {
         load_v(at);
         to_load += W;
         look_up();
@@ -374,7 +396,7 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
         if (g == 0) sums[head] = {top[b][i], total[b][i]};
       }
     __syncthreads();
-    merge<T, D, W, D == 128 ? 16 : 4>(a.to, {here.entry, head0, heads, here.begin / stretch.length, (here.end - 1) / stretch.length}, parts,
+    merge<T, D, W, D == 128 ? 16 : 4, More::kThere>(a.to, {here.entry, head0, heads, here.begin / stretch.length, (here.end - 1) / stretch.length}, parts,
                                       merge_bytes<D>(a.to.rows));
     __syncthreads();
     if (here.end >= stretch.end) break;
@@ -390,7 +412,8 @@ int64_t block_rows(int64_t group, int64_t d) {
 DecodeArgs decode_args(const CudaStream& stream, const Attention& a) {
   const int64_t d = a.k_pages.shape[3], h_kv = a.k_pages.shape[1], group = a.q.shape[1] / d / h_kv, rows = block_rows(group, d);
   DecodeArgs args{};
-  args.to = {a.out.data, a.scratch.as<float>(), stream.counters, a.out.row_stride, static_cast<int32_t>(rows)};
+  args.to = {a.out.data, a.scratch.as<float>(), stream.counters, a.out.row_stride, static_cast<int32_t>(rows), a.log_total.as<float>(),
+             static_cast<int32_t>(a.q.shape[1] / d)};
   args.q = a.q.data, args.k = a.k_pages.data, args.v = a.v_pages.data;
   args.kv_len = a.kv_len.as<int32_t>(), args.page_table = a.page_table.as<int32_t>();
   args.q_stride = a.q.row_stride, args.table_stride = a.page_table.row_stride;
@@ -400,23 +423,23 @@ DecodeArgs decode_args(const CudaStream& stream, const Attention& a) {
   return args;
 }
 
-template <class T, int D, int NB, int W, int J>
-void run(const CudaStream& stream, const DecodeArgs& a) {
+template <class T, int D, int NB, int W, int J, class More>
+void run(const CudaStream& stream, const DecodeArgs& a, const More& more) {
   const int64_t smem = W * (merge_bytes<D>(a.to.rows) + (kParkQ<D> ? 16 * NB * D : 0));
-  prefer_l1(attention_decode_kernel<T, D, NB, W, J>);
-  launch(stream, attention_decode_kernel<T, D, NB, W, J>, dim3(static_cast<uint32_t>(stream.n_sm)), dim3(32 * W), smem, a);
+  prefer_l1(attention_decode_kernel<T, D, NB, W, J, More>);
+  launch(stream, attention_decode_kernel<T, D, NB, W, J, More>, dim3(static_cast<uint32_t>(stream.n_sm)), dim3(32 * W), smem, a, more);
 }
 
 // d_head -> warps and keys of a slice: 60 to 128 KB of keys and values on their way per SM. At d_head 128, 12 warps take 1 to 4 % longer
 // than 8, 16 (which spill) 3 to 17 %, and 8 with slices of 32 keys 1 to 5 %.
-template <class T>
-void decode(const CudaStream& stream, const DecodeArgs& a, int64_t d) {
+template <class T, class More>
+void decode(const CudaStream& stream, const DecodeArgs& a, int64_t d, const More& more) {
   switch (d) {
-    case 64: return a.to.rows > 8 ? run<T, 64, 2, 8, 1>(stream, a) : run<T, 64, 1, 12, 2>(stream, a);
-    case 80: return run<T, 80, 1, 12, 1>(stream, a);
-    case 96: return run<T, 96, 1, 12, 1>(stream, a);
-    case 128: return a.to.rows > 8 ? run<T, 128, 2, 8, 1>(stream, a) : run<T, 128, 1, 8, 1>(stream, a);
-    case 256: return run<T, 256, 1, 8, 1>(stream, a);
+    case 64: return a.to.rows > 8 ? run<T, 64, 2, 8, 1>(stream, a, more) : run<T, 64, 1, 12, 2>(stream, a, more);
+    case 80: return run<T, 80, 1, 12, 1>(stream, a, more);
+    case 96: return run<T, 96, 1, 12, 1>(stream, a, more);
+    case 128: return a.to.rows > 8 ? run<T, 128, 2, 8, 1>(stream, a, more) : run<T, 128, 1, 8, 1>(stream, a, more);
+    case 256: return run<T, 256, 1, 8, 1>(stream, a, more);
   }
 }
 
@@ -435,8 +458,12 @@ void attention_decode(const CudaStream& stream, const Attention& a) {
   if (a.kv_len.shape[0] == 0) return;
   if (!fast) return attention_any(stream, a);
   const DecodeArgs args = decode_args(stream, a);
-  if (type == DType::bf16) decode<bf16>(stream, args, d);
-  else decode<f16>(stream, args, d);
+  const auto with = [&](const auto& more) {
+    if (type == DType::bf16) decode<bf16>(stream, args, d, more);
+    else decode<f16>(stream, args, d, more);
+  };
+  if (a.scores || a.state) with(Scores{a.scores.as<float>(), a.state.as<int32_t>(), a.scores ? a.scores.shape[2] : 0, a.scale});
+  else with(NoScores{});
 }
 
 }  // namespace prt::cuda

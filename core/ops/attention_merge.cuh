@@ -79,6 +79,8 @@ struct DecodeOut {
   uint32_t* counters;  // [CTAs][rows], or twice as many
   int64_t out_stride;
   int32_t rows;        // query heads of a head block; the last may have fewer
+  float* log_total = nullptr;  // [n_entry][h_q], or null
+  int32_t h_q = 0;             // with it
 };
 // A head block of an entry as its parts are merged. CTAs first to last have parts of it.
 struct Cut {
@@ -96,7 +98,7 @@ __host__ __device__ constexpr int merge_bytes(int rows) {
 // The warps' parts, `step` bytes apart, meet, after a barrier: a warp for each head, or two from d_head 256 on. If the head block is cut,
 // the CTA's part goes to scratch, and the last warp to arrive there with a part of its head merges those too, by the same code: what is run
 // once is mostly waited for.
-template <class T, int D, int W, int kBatch>  // kBatch: parts that are asked for together
+template <class T, int D, int W, int kBatch, bool kTotal = false>  // kBatch: parts that are asked for together; kTotal: for log_total
 __device__ __forceinline__ void merge(const DecodeOut& a, const Cut& cut, const uint8_t* parts, int step) {
   constexpr int kPieces = (D + 127) / 128, kLanes = D / 4 / kPieces;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -114,6 +116,9 @@ __device__ __forceinline__ void merge(const DecodeOut& a, const Cut& cut, const 
       const Partial p = merge_parts<kLanes, kBatch>(values, value_step, sums, sum_step, n);
       if (whole) {
         if (lane < kLanes) store_result(static_cast<T*>(a.out) + cut.entry * a.out_stride + (cut.head0 + head) * D + 4 * (unit + lane), p);
+        if constexpr (kTotal)
+          if (a.log_total && lane == 0 && unit == 0)
+            a.log_total[int64_t{cut.entry} * a.h_q + cut.head0 + head] = (p.top + __log2f(p.total)) * 0.693147181f;
         break;
       }
       if (lane < kLanes) reinterpret_cast<float4*>(a.partials)[place * (D / 4) + unit + lane] = p.value;

@@ -44,6 +44,8 @@ void check_contents(const char* op, const Attention& a) {
   if (std::string_view(op) != "attention_decode") return;
   for (int64_t e = 0; e < n_entry; ++e)
     check(begin[e + 1] - begin[e] == 1, op, ": entry ", e, " has ", begin[e + 1] - begin[e], " query rows, expected 1");
+  for (int64_t e = 0; a.scores && e < n_entry; ++e)
+    check(kv_len[e] <= a.scores.shape[2], op, ": scores has room for ", a.scores.shape[2], " rows, ", kv_len[e], " are needed");
 }
 
 int64_t attention_scratch_bytes(const Backend& backend, int64_t n_decode, int64_t max_context, int64_t h_q, int64_t h_kv, int64_t d) {

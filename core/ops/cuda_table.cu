@@ -23,7 +23,14 @@ const CudaOps ops = {embedding,
                      select,
                      select_scratch_bytes,
                      sparse_attention,
-                     sparse_attention_scratch_bytes};
+                     sparse_attention_scratch_bytes,
+                     score_rows,
+                     page_bounds,
+                     score_blocks,
+                     top_rows,
+                     reuse,
+                     count_rows,
+                     rope_shift};
 }
 
 Backend cuda_backend(const CudaStream& stream) {

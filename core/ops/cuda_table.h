@@ -3,7 +3,7 @@
 // Tensors are device memory: a twin reads shapes and pointers on the host, never contents, so that a step can be captured in a graph and
 // replayed while lengths, pages and tokens change. Nothing here allocates or synchronises.
 #pragma once
-#include "attention/sparse.h"
+#include "attention/choice.h"
 #include "cuda/stream.h"
 
 namespace prt {
@@ -31,6 +31,13 @@ struct CudaOps {
   void (*sparse_attention)(const CudaStream&, const SparseAttention&);
   int64_t (*sparse_attention_scratch_bytes)(const CudaStream&, int64_t n_entry, int64_t max_pages, int64_t h_q, int64_t h_kv,
                                             int64_t d_head);
+  void (*score_rows)(const CudaStream&, const ScoreRows&);
+  void (*page_bounds)(const CudaStream&, const PageBounds&);
+  void (*score_blocks)(const CudaStream&, const ScoreBlocks&);
+  void (*top_rows)(const CudaStream&, const TopRows&);
+  void (*reuse)(const CudaStream&, const Reuse&);
+  void (*count_rows)(const CudaStream&, const CountRows&);
+  void (*rope_shift)(const CudaStream&, const RopeShift&);
 };
 
 namespace cuda {
@@ -56,6 +63,13 @@ void select(const CudaStream&, const Select&);
 int64_t select_scratch_bytes(const CudaStream&, int64_t n_entry, int64_t h_q, int64_t h_kv, int64_t max_pages, int64_t n_slot);
 void sparse_attention(const CudaStream&, const SparseAttention&);
 int64_t sparse_attention_scratch_bytes(const CudaStream&, int64_t n_entry, int64_t max_pages, int64_t h_q, int64_t h_kv, int64_t d_head);
+void score_rows(const CudaStream&, const ScoreRows&);
+void page_bounds(const CudaStream&, const PageBounds&);
+void score_blocks(const CudaStream&, const ScoreBlocks&);
+void top_rows(const CudaStream&, const TopRows&);
+void reuse(const CudaStream&, const Reuse&);
+void count_rows(const CudaStream&, const CountRows&);
+void rope_shift(const CudaStream&, const RopeShift&);
 }  // namespace cuda
 
 }  // namespace prt

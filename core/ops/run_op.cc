@@ -171,7 +171,7 @@ void dispatch(Call& c) {
     check(n_page <= kMaxSegmentPages && d <= kMaxHead, "uncluster: the segment is too large");
     c.run(uncluster, {t[0], t[1], t[2], t[3], t[4], c.scratch(uncluster_scratch_bytes(n_page, d))});
   } else if (c.op == "select") {
-    c.expect(14, 4);
+    c.expect(c.operands.size() > 14 ? 16 : 14, 4);
     const int64_t d = c.dim(7, 3), h_q = c.dim(6, 1) / std::max<int64_t>(1, d), h_kv = std::max<int64_t>(1, c.dim(7, 1)),
                   max_pages = c.dim(8, 1), n_slot = c.dim(11, 2);
     check(n_slot <= kPageTokens && c.dim(6, 0) <= 1 << 20 && h_q <= 1 << 10 && max_pages <= 1 << 20, "select: the operands are too large");
@@ -191,7 +191,9 @@ void dispatch(Call& c) {
                    c.number(1),
                    c.number(2),
                    static_cast<Estimator>(static_cast<int32_t>(c.params[3])),
-                   c.scratch(select_scratch_bytes(c.backend, c.dim(6, 0), h_q, h_kv, max_pages, n_slot))});
+                   c.scratch(select_scratch_bytes(c.backend, c.dim(6, 0), h_q, h_kv, max_pages, n_slot)),
+                   t.size() > 14 ? t[14] : Tensor{},
+                   t.size() > 14 ? t[15] : Tensor{}});
   } else if (c.op == "sparse_attention") {
     c.expect(c.operands.size() > 10 ? 11 : 10, 1);
     const int64_t d = c.dim(2, 3), h_q = c.dim(1, 1) / std::max<int64_t>(1, d), h_kv = std::max<int64_t>(1, c.dim(2, 1)),
@@ -254,6 +256,13 @@ CudaOps without_kernels(const CudaOps& ops) {
   none.uncluster = [](const CudaStream&, const Uncluster&) {};
   none.select = [](const CudaStream&, const Select&) {};
   none.sparse_attention = [](const CudaStream&, const SparseAttention&) {};
+  none.score_rows = [](const CudaStream&, const ScoreRows&) {};
+  none.page_bounds = [](const CudaStream&, const PageBounds&) {};
+  none.score_blocks = [](const CudaStream&, const ScoreBlocks&) {};
+  none.top_rows = [](const CudaStream&, const TopRows&) {};
+  none.reuse = [](const CudaStream&, const Reuse&) {};
+  none.count_rows = [](const CudaStream&, const CountRows&) {};
+  none.rope_shift = [](const CudaStream&, const RopeShift&) {};
   return none;
 }
 

@@ -384,7 +384,12 @@ void Session::run_forward(const Rows& rows) {
     forward(backend_, model_->config, model_->weights, rope_, kv_, rows, policy_, act_, keep_going, this);
   };
   const auto ask = [](void* self) { return static_cast<Session*>(self)->keep_going(); };
-  if (!on_cuda() || rows.n_prefill_tok > 0 || rows.n_tok > kGraphRows) return launch(ask);
+  // Rows that the policy observes come once in a sequence's life, and anywhere in the batch.
+  if (!on_cuda() || rows.n_prefill_tok > 0 || rows.n_tok > kGraphRows || !rows.last.empty()) return launch(ask);
+  if (policy_ && policy_->n_state() != n_state_) {  // what it keeps of the sequences has moved
+    drop_policy_graphs();
+    n_state_ = policy_->n_state();
+  }
   if (!keep_going()) fail(PRT_ABORTED, "the step was stopped by the abort callback");
   const std::pair key{rows.decode.n_entry, rows.sparse.n_entry};
   if (graphs_.size() >= kGraphs && graphs_.find(key) == graphs_.end()) {  // batches that are partly sparse come in many sizes
@@ -405,6 +410,10 @@ void Session::run_forward(const Rows& rows) {
     g.recorded = true;
   }
   g.graph.replay(cuda_->stream());
+}
+
+void Session::drop_policy_graphs() {
+  std::erase_if(graphs_, [](const auto& g) { return g.first.second > 0; });
 }
 
 void Session::take_top(int64_t n_top) {
@@ -571,7 +580,7 @@ void Session::set_attention(const prt_attention& attention) {
   check(attention.dense_layers <= c.n_layer, "attention: dense_layers is ", attention.dense_layers, ", the model has ", c.n_layer,
         " layers");
   const auto scope = device_scope();
-  std::erase_if(graphs_, [](const auto& g) { return g.first.second > 0; });
+  drop_policy_graphs();
   try {
     if (!last_policy_ || !last_policy_->configure(attention)) {
       std::unique_ptr<Policy> made = info.make({backend_, pool, kv_.k, kv_.v, c.h_q, config_.max_context, rope_table_.inv_freq}, attention);
@@ -590,6 +599,7 @@ void Session::set_attention(const prt_attention& attention) {
 }
 
 int64_t Session::fork(int64_t seq) {
+  const auto scope = device_scope();
   const int64_t made = pool.fork(seq);
   if (last_policy_) last_policy_->fork(seq, made);
   return made;

@@ -106,6 +106,7 @@ class Session {
   void prepare_policy(const prt_batch& batch);
   void run_forward(const Rows& rows);
   void run_outputs(const prt_batch& batch);
+  void drop_policy_graphs();
   void take_top(int64_t n_top);
   void run_chunks(const prt_batch& batch, int64_t n_tok);
   bool keep_going();
@@ -137,6 +138,7 @@ class Session {
   int64_t n_sample_ = 0, samplers_end_ = 0;  // of the block of outputs in hand: rows to sample; rows whose lists have been sent
   Buffer top_buffer_;
   std::map<std::pair<int64_t, int64_t>, Graph> graphs_;  // by number of dense and of sparse decode rows
+  int64_t n_state_ = 0;  // Policy::n_state() that those with sparse rows were recorded for
   // Of the batch in hand; members so that a step allocates nothing once they have grown.
   std::vector<int64_t> seen_;
   std::vector<int64_t> entry_begin_;  // [n_seq + 1]
