@@ -212,17 +212,19 @@ class Step:
         self.counters = np.zeros((h_kv, len(COUNTERS) + BINS + LATER), np.int64)
         self.mass, self.true_mass = (np.full((len(LENGTHS), h_q), np.nan, np.float32) for _ in range(2))
 
-    def select(self, p: float, estimator: int, *, fraction: float = 0, on: str | None = None, threads: int = 1) -> None:
+    def select(self, p: float, estimator: int, *, fraction: float = 0, on: str | None = None, threads: int = 1,
+               places: tuple[Array, Array] | None = None) -> None:  # fmt: skip
+        """places: state, made"""
         c = self.c
         out = [self.ranges, self.n_range, self.tail, self.mass, self.true_mass, self.counters]
-        operands = [*out, self.q, c.k, self.table, self.kv_len, self.closed, c.centroid, c.variance, c.range]
+        operands = [*out, self.q, c.k, self.table, self.kv_len, self.closed, c.centroid, c.variance, c.range, *(places or ())]
         run("select", operands, [self.scale, p, fraction, estimator], on=on, threads=threads)
 
-    def attend(self, *, tail: bool, on: str | None = None, threads: int = 1) -> Array:
+    def attend(self, *, tail: bool, on: str | None = None, threads: int = 1, state: Array | None = None) -> Array:
         out = nans(self.q.shape, {"uint16": "bf16", "float16": "f16", "float32": "f32"}[self.q.dtype.name])
         operands = [out, self.q, self.c.k, self.c.v, self.table, self.ranges, self.n_range]
         rest = [self.tail, self.closed, self.c.mean_value] if tail else [None] * 3
-        run("sparse_attention", [*operands, *rest], [self.scale], on=on, threads=threads)
+        run("sparse_attention", [*operands, *rest, *([] if state is None else [state])], [self.scale], on=on, threads=threads)
         return out
 
     def rows(self, array: Array, e: int, kv_head: int) -> np.ndarray:
@@ -465,6 +467,41 @@ def test_selection_and_attention_do_not_depend_on_threads(on: str, d: int) -> No
     for name in ("ranges", "n_range", "mass", "true_mass", "tail", "counters"):
         assert np.array_equal(bits(getattr(s, name)), bits(getattr(t, name))), name
     assert np.array_equal(s.attend(tail=True, on=on), t.attend(tail=True, on=on, threads=4))
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize("d", [40, 64, 128])
+def test_choices_in_the_places_that_state_names(on: str, dtype: str, d: int) -> None:
+    """What is chosen for an entry, and attended to, is what it would be without; entries with -1 are left alone."""
+    plain, s = Step(dtype, d=d, on=on), Step(dtype, d=d, on=on)
+    plain.select(0.7, MOMENT, on=on)
+    want = plain.attend(tail=True, on=on)
+    n = len(LENGTHS)
+    state, made = np.roll(np.arange(n, dtype=np.int32), 1), np.zeros(n + 1, np.int32)
+    state[0], state[1] = n, -1
+    for name in ("ranges", "n_range", "tail"):
+        old = getattr(s, name)
+        setattr(s, name, np.concatenate([old, old[:1]]))
+    s.select(0.7, MOMENT, on=on, places=(state, made))
+    out = s.attend(tail=True, on=on, state=state)
+    for e, place in enumerate(state):
+        if place < 0:
+            assert np.isnan(value(out[e])).all() and np.isnan(s.mass[e]).all()
+            continue
+        assert made[place] == s.kv_len[e] and np.array_equal(s.n_range[place], plain.n_range[e])
+        assert np.array_equal(bits(s.tail[place]), bits(plain.tail[e]))
+        for h in range(2):
+            m = s.n_range[place, h]
+            assert np.array_equal(s.ranges[place, h, :m], plain.ranges[e, h, :m])
+        # a GPU divides the rows anew among its blocks
+        assert np.abs(value(out[e]) - value(want[e])).max() <= (max(2e-5, 8 * ROUNDOFF[dtype]) if on == GPU else 0)
+    for place in {*range(n + 1)} - set(state.tolist()):
+        assert made[place] == 0 and (s.n_range[place] == -9).all() and np.isnan(s.tail[place]).all()
+    names = (*COUNTERS, *("bin",) * BINS, "n_full", "n_choice", "n_compared", "n_overlap")
+    for h in range(2):
+        got = dict(zip(names, s.counters[h].tolist(), strict=True))
+        assert got["n_step"] == got["n_choice"] == n - 1 and got["n_full"] == 0
 
 
 # ---------------------------------------------------------------- hostile calls

@@ -1,5 +1,7 @@
 #include "attention/quest.h"
 
+#include "cuda/stream.h"
+
 namespace prt {
 
 int64_t quest_page_bytes(const prt_attention&, int64_t n_layer, int64_t h_kv, int64_t d_head, DType kv) {

@@ -10,7 +10,8 @@ constexpr int kThreads = 256;
 
 // A block per page and kv head, kEach pairs of dimensions a thread. Floor: the keys of the pages read and written.
 template <class T, int kEach>
-__global__ void __launch_bounds__(kThreads) rope_shift_kernel(T* k_pages, const int32_t* pages, const float* cos_sin, int32_t h_kv, int32_t d) {
+__global__ void __launch_bounds__(kThreads)
+    rope_shift_kernel(T* k_pages, const int32_t* pages, const float* cos_sin, int32_t h_kv, int32_t d) {
   pdl_wait();
   pdl_launch();
   const int half = d / 2, per_row = half / kEach;

@@ -127,7 +127,10 @@ void score_blocks(const CudaStream& stream, const ScoreBlocks& x) {
   with_dtype(x.low.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool wide = in_pieces(x.q, 4) && in_pieces(x.low, 4) && in_pieces(x.high, 4);
-    launch(stream, wide && d == 64 ? score_blocks_kernel<T, 64> : wide && d == 128 ? score_blocks_kernel<T, 128> : score_blocks_kernel<T, 0>,
+    launch(stream,
+           wide && d == 64    ? score_blocks_kernel<T, 64>
+           : wide && d == 128 ? score_blocks_kernel<T, 128>
+                              : score_blocks_kernel<T, 0>,
            grid, dim3(kThreads), 0, a);
   });
   add_log_total<true>(stream, x.log_total, x.scores, x.kv_len, {});

@@ -156,8 +156,7 @@ void score_rows(const CudaStream& stream, const ScoreRows& x) {
                     static_cast<int32_t>(d),
                     x.scale};
   const auto aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.row_stride % 8 == 0; };
-  const bool fast =
-      type != DType::f32 && (d == 64 || d == 80 || d == 96 || d == 128 || d == 256) && aligned(x.q) && aligned(x.k_pages);
+  const bool fast = type != DType::f32 && (d == 64 || d == 80 || d == 96 || d == 128 || d == 256) && aligned(x.q) && aligned(x.k_pages);
   if (!fast)
     with_dtype(type, [&](auto zero) {
       launch(stream, score_rows_any_kernel<decltype(zero)>,

@@ -540,7 +540,8 @@ __global__ void __launch_bounds__(32 * W, 1) sparse_attention_kernel(const __gri
     const int32_t* pages = a.page_table + entry * a.table_stride;
     Rows<D> rows{a, a.ranges + (int64_t{n.place} * a.h_kv + kv_head) * a.max_range, pages, kv_head, n.n_row, n.n_range};
     Clusters<D> clusters{
-        a, a.tail + n.place * a.tail_stride + static_cast<int64_t>(head0) * a.n_tail, pages + n.closed, kv_head, heads, n.n_cluster, {}, {}};
+        a, a.tail + n.place * a.tail_stride + static_cast<int64_t>(head0) * a.n_tail, pages + n.closed, kv_head, heads, n.n_cluster, {},
+        {}};
     // Two chains of look-ups side by side: page, values; range, window, page, rows.
     if (n_clusters > 0) clusters.look_up(cluster0);
     if (n_rows > 0) rows.seek(row0);

@@ -1,11 +1,12 @@
-// The rows that are worth most. Votes and pools by the whole GPU; then a cluster of blocks per (entry, kv head) cuts, marks and writes ranges.
+// The rows that are worth most. Votes and pools by the whole GPU; then a cluster of blocks per (entry, kv head) cuts, marks and writes
+// ranges.
 //
 // The cut is that of the CPU twin: three histograms, of 11, 11 and 10 bits of the worth, each of what the one before left open. A block
 // counts its part of the units in shared memory, and reads the bins of the others. Counts are integers, and so are shares, in units of
 // 2^-48: their sums do not depend on the order in which they are added. Marks are bits, one word for the 32 units that a warp looks at.
 //
-// Floor: the scores of all heads once; at 1 x 128K and 32 heads 17 MB, 4 us, which the L2 has where attention or score_rows just wrote them.
-// The worths are then read five times, from the L2.
+// Floor: the scores of all heads once; at 1 x 128K and 32 heads 17 MB, 4 us, which the L2 has where attention or score_rows just wrote
+// them. The worths are then read five times, from the L2.
 #include <algorithm>
 
 #include "attention/choice.h"
@@ -39,7 +40,9 @@ struct TopArgs {
   __device__ int place(int entry) const { return state ? state[entry] : entry; }
   __device__ const float* scores_of(int entry, int head) const { return scores + (int64_t{entry} * h_q + head) * room; }
   __device__ float total_of(int entry, int head) const { return log_total[int64_t{entry} * h_q + head]; }
-  __device__ float* half_of(int entry, int kv_head, int which) const { return scratch + ((int64_t{entry} * h_kv + kv_head) * 2 + which) * room; }
+  __device__ float* half_of(int entry, int kv_head, int which) const {
+    return scratch + ((int64_t{entry} * h_kv + kv_head) * 2 + which) * room;
+  }
   __device__ int voter(int kv_head) const { return vote == Vote::layer ? 0 : kv_head; }  // whose votes a kv head goes by
   // What a unit is worth before and after the pool, and where marks go.
   __device__ const float* votes(int entry, int kv_head) const {
@@ -339,7 +342,8 @@ struct Chooser {
       int here = __popc(bits) * a.unit - (trimmed ? surplus : 0);
       if (w == last / 32 && (bits >> last % 32 & 1)) here -= x.n * a.unit - x.end;
       Wide total;
-      const Wide at = block_scan(static_cast<Wide>(__popc(starts)) << 32 | static_cast<uint32_t>(here), reinterpret_cast<Wide*>(s.wide), total);
+      const Wide at =
+          block_scan(static_cast<Wide>(__popc(starts)) << 32 | static_cast<uint32_t>(here), reinterpret_cast<Wide*>(s.wide), total);
       int i = n + static_cast<int>(at >> 32);
       const int passed = rows + static_cast<int>(at & 0xffffffffu);
       for (; starts != 0; starts &= starts - 1, ++i) {

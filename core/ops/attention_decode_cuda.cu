@@ -197,7 +197,8 @@ __device__ __forceinline__ void load_parked(uint32_t* r, const uint4* from) {
 }
 
 template <class T, int D, int NB, int W, int J, class More>
-__global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __grid_constant__ DecodeArgs a, const __grid_constant__ More more) {
+__global__ void __launch_bounds__(32 * W, 1)
+    attention_decode_kernel(const __grid_constant__ DecodeArgs a, const __grid_constant__ More more) {
   constexpr int kKeys = 16 * J;
   extern __shared__ uint4 memory[];  // the warps' parts, then their Q
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
@@ -396,8 +397,8 @@ __global__ void __launch_bounds__(32 * W, 1) attention_decode_kernel(const __gri
         if (g == 0) sums[head] = {top[b][i], total[b][i]};
       }
     __syncthreads();
-    merge<T, D, W, D == 128 ? 16 : 4, More::kThere>(a.to, {here.entry, head0, heads, here.begin / stretch.length, (here.end - 1) / stretch.length}, parts,
-                                      merge_bytes<D>(a.to.rows));
+    merge<T, D, W, D == 128 ? 16 : 4, More::kThere>(
+        a.to, {here.entry, head0, heads, here.begin / stretch.length, (here.end - 1) / stretch.length}, parts, merge_bytes<D>(a.to.rows));
     __syncthreads();
     if (here.end >= stretch.end) break;
   }
@@ -412,7 +413,12 @@ int64_t block_rows(int64_t group, int64_t d) {
 DecodeArgs decode_args(const CudaStream& stream, const Attention& a) {
   const int64_t d = a.k_pages.shape[3], h_kv = a.k_pages.shape[1], group = a.q.shape[1] / d / h_kv, rows = block_rows(group, d);
   DecodeArgs args{};
-  args.to = {a.out.data, a.scratch.as<float>(), stream.counters, a.out.row_stride, static_cast<int32_t>(rows), a.log_total.as<float>(),
+  args.to = {a.out.data,
+             a.scratch.as<float>(),
+             stream.counters,
+             a.out.row_stride,
+             static_cast<int32_t>(rows),
+             a.log_total.as<float>(),
              static_cast<int32_t>(a.q.shape[1] / d)};
   args.q = a.q.data, args.k = a.k_pages.data, args.v = a.v_pages.data;
   args.kv_len = a.kv_len.as<int32_t>(), args.page_table = a.page_table.as<int32_t>();
