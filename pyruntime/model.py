@@ -335,7 +335,7 @@ class Model:
         together, 2048; 0: all at once, as published), iterations (of K-means, at most), estimator ("moment", or "fit" as published), tail
         (what was not selected counts by its mean), sinks and window (first and last rows that are always attended to), min_context (dense
         below), dense_layers (first layers that stay dense), seed, measure (stats() then has the true mass; as slow as dense attention),
-        selected (for benchmarks: the share of the rows that each query head chooses, whatever their mass). Other policies, on the CPU:
+        selected (for benchmarks: the share of the rows that each query head chooses, whatever their mass). Other policies:
         "recycled", "tactic_recycled", "streaming", "quest", "token_select", "oracle"; docs/long-context.md has their options.
         Raises InvalidArgumentError, UnsupportedModelError, or OutOfMemoryError where the page pool left no room for the index of "tactic"
         (a model that is opened with it does leave that room); nothing has changed then.

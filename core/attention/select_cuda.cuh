@@ -61,8 +61,8 @@ struct SelectArgs {
   }
   // Where the entry's choice goes; -1: it is left alone. After pdl_wait().
   __device__ int place(int entry) const { return state ? state[entry] : entry; }
-  __device__ float* tail_of(int entry, int kv_head, int head) const {
-    return tail + place(entry) * tail_stride + (int64_t{kv_head} * group + head) * tail_row;
+  __device__ float* tail_of(int place, int kv_head, int head) const {
+    return tail + place * tail_stride + (int64_t{kv_head} * group + head) * tail_row;
   }
   __device__ int page_of_cluster(int j) const { return static_cast<int>(static_cast<uint64_t>(j) * per_slot >> 31); }
 };

@@ -17,8 +17,7 @@ __device__ void write_ranges(const Chooser<T, D>& x) {
   int2 mine{0, 0}, n_chosen;
   for (int w = first_word; w < last_word; ++w) mine.x += __popc(x.chosen[w]);
   const int at = block_scan(mine, s.sums, n_chosen).x, front = e.first_page * kPage, window = e.len - e.end_page * kPage;
-  const int place = a.place(x.entry);
-  int2* to = a.ranges + place * a.ranges_stride + x.kv_head * a.max_range;
+  int2* to = a.ranges + a.place(x.entry) * a.ranges_stride + x.kv_head * a.max_range;
   int n = front > 0, rows = front, end = front > 0 ? front : -1;  // ranges begun, rows in them, where the last one ends
   if (tid == 0 && front > 0) to[0].x = 0;
 #pragma unroll 1
@@ -40,7 +39,7 @@ __device__ void write_ranges(const Chooser<T, D>& x) {
         to[n + before.x].x = row;
       }
       if (there && a.tail)
-        for (int head = 0; head < a.group; ++head) a.tail_of(x.entry, x.kv_head, head)[j] = kNegInf;
+        for (int head = 0; head < a.group; ++head) a.tail_of(a.place(x.entry), x.kv_head, head)[j] = kNegInf;
       n += total.x, rows += total.y;
     }
     end = begin[s.chosen[m - 1] + 1];
@@ -52,8 +51,8 @@ __device__ void write_ranges(const Chooser<T, D>& x) {
     to[n++].x = e.end_page * kPage;
   }
   if (n > 0) to[n - 1].y = rows + window;
-  a.n_range[place * a.n_range_stride + x.kv_head] = n;
-  if (a.made && x.kv_head == 0) a.made[place] = e.len;
+  a.n_range[a.place(x.entry) * a.n_range_stride + x.kv_head] = n;
+  if (a.made && x.kv_head == 0) a.made[a.place(x.entry)] = e.len;
   if (!a.counters) return;
   const int exact = e.len - (e.end_page - e.first_page) * kPage;
   x.add(&AttentionCounters::n_step, 1);

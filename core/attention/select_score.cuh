@@ -83,6 +83,7 @@ struct Scorer {
   const SelectArgs& a;
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   int kv_head, unit;
+  int place;  // of the entry in hand
   char* memory;  // of this warp: its stages, then q and q^2 of the group in f16, and q
   float scale[2];  // of head `lane`: what a product with q, with q^2 is to be multiplied by
 
@@ -189,7 +190,7 @@ struct Scorer {
     int n;  // of them there are so many
   };
   __device__ Places places(const Cursor& t) const {
-    return {a.keys + a.head(t.entry, kv_head, 0) * a.room + kTile * t.index, a.tail_of(t.entry, kv_head, 0) + kTile * t.index,
+    return {a.keys + a.head(t.entry, kv_head, 0) * a.room + kTile * t.index, a.tail_of(place, kv_head, 0) + kTile * t.index,
             t.of.n_cluster - kTile * t.index};
   }
   __device__ void put_cluster(const Places& to, int head, int i, int n_row, float log_n, float m, float wide) const {
@@ -325,7 +326,7 @@ struct Scorer {
         if (now.position >= 0) {
           now.find(tiles);
           wait();
-          if (now.entry != entry) load_queries(entry = now.entry);
+          if (now.entry != entry) place = a.place(now.entry), load_queries(entry = now.entry);
           cp_async_wait<kStages - 1>();
           if (now.rows) score_rows(now, stage);
           else score_clusters(now, stage);
@@ -346,6 +347,7 @@ struct Scorer {
 #pragma unroll 1
       for (; now.position < tiles.total; now.position += a.n_unit) {
         now.find(tiles);
+        place = a.place(now.entry);
         score_plainly(now);
       }
     }
