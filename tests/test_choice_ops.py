@@ -101,7 +101,7 @@ def test_dense_decode_gives_its_scores_and_leaves_entries_alone(on: str, dtype: 
     # A GPU divides the rows anew among its blocks: weights of the softmax are rounded to the keys' type by other maxima, then the result.
     apart = 2 * ROUNDOFF[dtype] * (np.nanmax(np.abs(value(s.v))) + np.abs(want)) if on == GPU else 0
     assert (np.abs(got - want) <= apart).all()
-    amx = on == "amx" and dtype == "bf16"
+    amx = on == "amx" and dtype == "bf16" and d % 32 == 0
     for e in (0, 2, 3):
         for h in range(h_q):
             want, n = s.true_scores(e, h, amx=amx), LENGTHS[e]
