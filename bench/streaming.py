@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=50000)
     parser.add_argument("--attention", default="streaming:sinks=4,window=508,evict=1,min_context=512")
     parser.add_argument("--max-context", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
@@ -44,7 +45,7 @@ def main() -> int:
     with Model(arguments.model, device="cpu", max_context=arguments.max_context) as model:
         ids = model.tokenize(arguments.file.read_text(encoding="utf-8"))
         text = np.resize(np.asarray(ids, np.int32), arguments.tokens + 1)
-        session = Session(model._weights, max_context=arguments.max_context)
+        session = Session(model._weights, max_context=arguments.max_context, threads=arguments.threads)
         session.set_attention(Attention.parse(arguments.attention))
         seq = session.create_sequence()
         bar, started = Bar("tokens"), time.perf_counter()

@@ -230,6 +230,18 @@ def test_top_rows(on: str, given: dict[str, Any]) -> None:
 
 
 @CPU_AND_GPU
+@pytest.mark.parametrize(("sinks", "window"), [(4, 32), (0, 1), (16, 400), (1000, 1)])
+def test_sinks_and_window_alone(on: str, sinks: int, window: int) -> None:
+    """Without scores nothing else is chosen (StreamingLLM)."""
+    ranges, n_range = np.full((4, 2, 2, 2), -9, np.int32), np.full((4, 2), -9, np.int32)
+    run("top_rows", [ranges, n_range, None, None, None, None, np.array(LENGTHS, np.int32), None],
+        [6, 1, 0, 0, 0, sinks, window, SUM, 1], on=on)  # fmt: skip
+    for e, n in enumerate(LENGTHS):
+        for h in range(2):
+            assert rows_of(ranges[e, h], n_range[e, h]) == sorted({*range(min(sinks, n)), *range(max(0, n - window), n)})
+
+
+@CPU_AND_GPU
 def test_overlap_of_successive_choices(on: str) -> None:
     rng = np.random.default_rng(0)
     first, second = (rng.standard_normal((1, 2, 400)).astype(np.float32) for _ in range(2))

@@ -87,6 +87,18 @@ def test_sparse_rows(prt_bench: Run) -> None:
     assert [t["test"] for t in by_mass] == ["tg4 @ d1500", "tg4 @ d1500 tactic"] and by_mass[1]["selected_rows"] > 0.1
 
 
+def test_rows_of_other_policies(prt_bench: Run) -> None:
+    policies = ["streaming:window=300", "quest:k=64,dense_layers=0", "recycled:k=64,stride=2", "tactic_recycled"]
+    base = (*TINY, "-p", "0", "-n", "4", "-d", "1500", "-q", "-o", "json", "--selected", "0.1")
+    tests = json.loads(prt_bench(*base, *(word for p in policies for word in ("--attention", p))).stdout)["tests"]
+    assert [t["test"] for t in tests] == ["tg4 @ d1500", *(f"tg4 @ d1500 {p}" for p in [*policies[:3], "tactic_recycled 10 %"])]
+    assert [t.get("attention") for t in tests] == [None, *policies]
+    read = [t["read_rows"] for t in tests[1:]]
+    assert 304 / 1504 <= read[0] <= 304 / 1500  # four sinks and the window; the prompt is dense
+    assert 0.1 < read[1] < 0.25 and read[1] < read[2] < 0.75 and 0.15 < read[3] < 0.4
+    assert [t["cluster_seconds"] > 0 for t in tests[1:]] == [False, False, False, True]
+
+
 def test_bytes_and_operations(prt_bench: Run) -> None:
     """The floor of a step, counted from the shapes: a decode step reads every weight but the embedding, and the KV rows."""
     configs = {c["name"]: c for c in json.loads(prt_bench("--list-configs", "-o", "json").stdout)}
@@ -133,7 +145,7 @@ def test_a_test_without_room_is_skipped(prt_bench: Run) -> None:
         (["-d"], "-d needs a value"),
         (["--config="], "--config is ''"),
         (["-o", "xml"], "'xml', expected md, json or csv"),
-        (["--attention", "quest"], "--attention is 'quest', expected full or tactic"),
+        (["--attention", "quests"], "policy 'quests' is unknown, expected one of 'full', 'tactic', "),
         (["--selected", "0.1,2"], "'2' is not a share between 0 and 1"),
         (["--frobnicate"], "'--frobnicate' is not an option"),
         (["--device", "tpu"], "'tpu', available: cpu"),

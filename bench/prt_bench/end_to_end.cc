@@ -127,13 +127,17 @@ int64_t pages_for(int64_t n_token) { return (n_token + PRT_PAGE_TOKENS - 1) / PR
 int64_t pages_of(const Test& t) { return t.batch * pages_for(t.depth + t.n); }
 int64_t kv_bytes_per_token(const prt_model_config& c) { return int64_t{4} * c.n_layer * c.h_kv * c.d_head; }  // K and V, bf16
 
+// Whether the policy chooses among clusters; others have no use for `selected`.
+bool clusters(const std::string& policy) {
+  prt_attention attention = PRT_ATTENTION_INIT;
+  must(prt_attention_parse(policy.c_str(), &attention));
+  return attention.policy == PRT_ATTENTION_TACTIC || attention.policy == PRT_ATTENTION_TACTIC_RECYCLED;
+}
+
 class Runner {
  public:
   Runner(Report& report, prt_model* model) : report_(report), c_(report.config.config), model_(model), random_(2) {
-    if (!report.options.tactic) return;
-    prt_attention tactic = PRT_ATTENTION_INIT;
-    tactic.policy = PRT_ATTENTION_TACTIC;
-    must(prt_attention_page_bytes(model, &tactic, &index_page_bytes_));
+    for (const std::string& policy : report.options.attention) largest_index_ = std::max(largest_index_, index_page_bytes(policy));
   }
 
   // One session for all tests, with a pool for the largest that fits into the memory that is free.
@@ -144,7 +148,7 @@ class Runner {
     std::stable_sort(tests.begin(), tests.end(), [](const Test& a, const Test& b) { return pages_of(a) > pages_of(b); });
     while (!tests.empty()) {
       const Test largest = tests.front();
-      const int64_t need = pages_of(largest) * (PRT_PAGE_TOKENS * kv_bytes_per_token(c_) + index_page_bytes_);
+      const int64_t need = pages_of(largest) * (PRT_PAGE_TOKENS * kv_bytes_per_token(c_) + largest_index_);
       std::string why;
       if (need > device.memory_free) {
         why =
@@ -158,7 +162,8 @@ class Runner {
         prt_session* raw = nullptr;
         prt_status status = prt_session_create(model_, &config, &raw);
         session_.reset(raw);
-        if (status == PRT_OK) status = report_.options.tactic ? attend(true, 0) : PRT_OK;
+        for (const std::string& policy : report_.options.attention)
+          if (status == PRT_OK) status = attend(policy, 0);
         if (status == PRT_OK) return;
         why = prt_last_error();
         if (status != PRT_OUT_OF_MEMORY) throw Failure(status == PRT_INVALID_ARGUMENT ? 2 : 1, why);
@@ -173,11 +178,11 @@ class Runner {
 
   void run(Test& t) {
     fill(t.batch, t.depth, t.n);
-    if (report_.options.tactic) must(attend(t.tactic, t.selected));
-    if (t.tactic) choose_rows(t);
+    must(attend(t.attention, t.selected));
+    if (!t.attention.empty()) choose_rows(t);
     once(t, t.is_prompt ? t.n : std::min<int64_t>(t.n, 8));  // warm-up: memory, clocks, recorded graphs
     for (int64_t r = 0; r < report_.options.repetitions; ++r) t.seconds.push_back(once(t, t.n));
-    if (t.tactic) return sparse_figures(t);
+    if (!t.attention.empty()) return sparse_figures(t);
     t.bytes =
         t.is_prompt ? step_bytes(c_, t.n, t.depth, t.batch) : static_cast<double>(t.n) * step_bytes(c_, 1, t.depth + t.n / 2, t.batch);
     t.flops =
@@ -204,11 +209,19 @@ class Runner {
   }
 
  private:
-  prt_status attend(bool tactic, double selected) {
+  prt_status attend(const std::string& policy, double selected) {
     prt_attention attention = PRT_ATTENTION_INIT;
-    attention.policy = tactic ? PRT_ATTENTION_TACTIC : PRT_ATTENTION_FULL;
+    if (!policy.empty()) must(prt_attention_parse(policy.c_str(), &attention));
     attention.selected = static_cast<float>(selected);
     return prt_session_set_attention(session_.get(), &attention);
+  }
+
+  int64_t index_page_bytes(const std::string& policy) const {
+    prt_attention attention = PRT_ATTENTION_INIT;
+    int64_t bytes = 0;
+    must(prt_attention_parse(policy.c_str(), &attention));
+    must(prt_attention_page_bytes(model_, &attention, &bytes));
+    return bytes;
   }
 
   // The library takes a share for each query head; how many rows their kv head then reads depends on how much they agree. A few short runs
@@ -220,7 +233,7 @@ class Runner {
       read_counters(t);
       if (t.selected == 0 || t.selected_rows == 0 || std::abs(t.selected_rows / t.selected - 1) < 0.02) return;
       share = std::min(1.0, share * t.selected / t.selected_rows);
-      must(attend(true, share));
+      must(attend(t.attention, share));
     }
   }
 
@@ -237,11 +250,11 @@ class Runner {
     prt_session_stats stats = PRT_SESSION_STATS_INIT;
     must(prt_session_get_stats(session_.get(), &stats));
     for (size_t s = 0; s < static_cast<size_t>(t.batch); ++s) t.prompt_seconds += prompt_seconds_[s];
-    if (stats.n_clustered_token > 0)
+    if (clusters(t.attention) && stats.n_clustered_token > 0)
       t.cluster_seconds = stats.cluster_seconds / static_cast<double>(stats.n_clustered_token) * static_cast<double>(t.batch) *
                           static_cast<double>(t.depth);
     const double context = static_cast<double>(t.batch) * static_cast<double>(t.depth + t.n / 2);
-    const double index = static_cast<double>(index_page_bytes_) / PRT_PAGE_TOKENS;
+    const double index = static_cast<double>(index_page_bytes(t.attention)) / PRT_PAGE_TOKENS;
     t.bytes = static_cast<double>(t.n) *
               (step_bytes(c_, 0, 0, t.batch) + context * (t.read_rows * static_cast<double>(kv_bytes_per_token(c_)) + index));
     t.flops =
@@ -337,7 +350,7 @@ class Runner {
   const prt_model_config& c_;
   prt_model* model_;
   Session session_;
-  int64_t index_page_bytes_ = 0;  // where sparse attention is measured too
+  int64_t largest_index_ = 0;  // of the policies, for a page
   std::vector<int64_t> sequences_;
   std::vector<double> prompt_seconds_;  // what each took to fill
   std::vector<Sampler> samplers_;
@@ -375,9 +388,9 @@ void run_end_to_end(Report& report, const std::function<void()>& at_end) {
       for (const int64_t n : o.n_gen)
         if (n > 0) {
           tests.push_back({.is_prompt = false, .n = n, .depth = d, .batch = b, .seconds = {}});
-          if (!o.tactic) continue;
-          for (const double share : o.selected.empty() ? std::vector<double>{0} : o.selected)
-            tests.push_back({.is_prompt = false, .n = n, .depth = d, .batch = b, .tactic = true, .selected = share, .seconds = {}});
+          for (const std::string& policy : o.attention)
+            for (const double share : o.selected.empty() || !clusters(policy) ? std::vector<double>{0} : o.selected)
+              tests.push_back({.is_prompt = false, .n = n, .depth = d, .batch = b, .attention = policy, .selected = share, .seconds = {}});
         }
     }
   if (tests.empty()) throw Failure(2, "-p 0 with -n 0 leaves nothing to measure");

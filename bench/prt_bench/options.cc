@@ -59,10 +59,10 @@ std::string usage() {
   --device ID           cpu, cuda:0, ... (the first usable GPU, else the CPU)
   -t, --threads N       CPU threads (one per core)
   --chunk N             rows of an internal step of the library (its own choice)
-  --attention full|tactic  tactic: also generate with sparse attention, beside dense (full)
-  --selected LIST       the shares of the clustered rows that sparse attention reads, whatever their mass, after the union over the query
+  --attention POLICY    also generate with this policy, beside dense attention: tactic, recycled:k=2048, quest, ...; may be given again
+  --selected LIST       the shares of the clustered rows that clustered attention reads, whatever their mass, after the union over the query
                         heads of a kv head: 0.005,0.01,0.02. Attention over random weights is flat, and p would choose nearly all.
-                        With --ops also times selection and attention alone
+                        For tactic and tactic_recycled. With --ops also times selection and attention alone
   --structured          keys of the operations' caches lie in clusters, as real ones do, instead of being noise
   --ops                 also time every operation alone, as a share of the machine's ceilings (GPU)
   --ops-only            the same without the end-to-end tests
@@ -116,8 +116,9 @@ Options parse_options(int argc, char** argv) {
     else if (name == "--structured") o.structured = true;
     else if (name == "--attention") {
       const std::string policy = value();
-      if (policy != "full" && policy != "tactic") throw Failure(2, "--attention is '" + policy + "', expected full or tactic");
-      o.tactic = policy == "tactic";
+      prt_attention parsed = PRT_ATTENTION_INIT;
+      if (prt_attention_parse(policy.c_str(), &parsed) != PRT_OK) throw Failure(2, "--attention: " + std::string(prt_last_error()));
+      if (parsed.policy != PRT_ATTENTION_FULL) o.attention.push_back(policy);
     } else if (name == "--chunk") o.chunk = number(name, value(), 1, 1 << 16);
     else throw Failure(2, "'" + std::string(argv[i]) + "' is not an option; prt-bench --help lists them");
     if (equals != std::string::npos && inline_value.empty()) throw Failure(2, name + " needs a value");

@@ -21,9 +21,9 @@ struct Options {
   int64_t repetitions = 5;
   int64_t chunk = 0;    // rows of an internal step of the library; 0: its own choice
   int64_t threads = 0;  // CPU threads; 0: the library's choice
-  bool tactic = false;           // decode sparsely as well
-  std::vector<double> selected;  // shares of the clustered rows that sparse attention reads; none: as many as it takes to reach p
-  bool structured = false;       // operations: keys in clusters instead of noise
+  std::vector<std::string> attention;  // policies to decode with beside dense attention, in the words of prt_attention_parse
+  std::vector<double> selected;        // shares of the clustered rows that tactic reads; none: as many as it takes to reach p
+  bool structured = false;  // operations: keys in clusters instead of noise
   bool end_to_end = true, ops = false, ceilings = true, quiet = false;
   bool help = false, version = false, list_configs = false;
 };

@@ -110,8 +110,9 @@ std::string to_json(const Report& r) {
             o.add("test", t.name()).add("n_prompt", t.is_prompt ? t.n : int64_t{0}).add("n_gen", t.is_prompt ? int64_t{0} : t.n);
             o.add("depth", t.depth).add("batch", t.batch).add("tok_s_mean", mean(rate)).add("tok_s_sd", deviation(rate));
             o.add("bytes", t.bytes).add("flops", t.flops);
-            if (t.tactic)
-              o.add("selected", t.selected)
+            if (!t.attention.empty())
+              o.add("attention", t.attention)
+                  .add("selected", t.selected)
                   .add("selected_rows", t.selected_rows)
                   .add("read_rows", t.read_rows)
                   .add("prompt_seconds", t.prompt_seconds)
@@ -174,10 +175,11 @@ std::string to_markdown(const Report& r) {
         r.weight_bytes / 1e9, r.kv_bytes / 1e9, mib(beyond(r)), mib(r.used_by_cuda - r.used_before), mib(r.workspace_bytes),
         mib(beyond(r) - (r.used_by_cuda - r.used_before) - r.workspace_bytes));
   for (const Test& t : r.tests)
-    if (t.tactic)
+    if (t.cluster_seconds > 0)
       out += format("%s: %.2f %% of the clustered rows, %.2f %% of all rows read; clustering %.3f s, %.1f %% of the prompts' %.2f s\n",
                     t.name().c_str(), 100 * t.selected_rows, 100 * t.read_rows, t.cluster_seconds,
                     100 * t.cluster_seconds / std::max(t.prompt_seconds, 1e-9), t.prompt_seconds);
+    else if (!t.attention.empty()) out += format("%s: %.2f %% of the rows read\n", t.name().c_str(), 100 * t.read_rows);
   for (const Skipped& s : r.skipped) out += "skipped: " + s.test + ": " + s.why + "\n";
   std::string group;
   double step = 0;
@@ -204,7 +206,7 @@ std::string Test::name() const {
   std::string s = (is_prompt ? "pp" : "tg") + std::to_string(n);
   if (depth > 0) s += " @ d" + std::to_string(depth);
   if (batch > 1) s += " b" + std::to_string(batch);
-  if (tactic) s += " tactic";
+  if (!attention.empty()) s += " " + attention;
   if (selected > 0) s += format(" %g %%", 100 * selected);
   return s;
 }

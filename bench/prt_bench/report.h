@@ -26,8 +26,8 @@ struct Machine {
 struct Test {
   bool is_prompt = false;
   int64_t n = 0, depth = 0, batch = 1;
-  bool tactic = false;   // sparse attention, which was asked to read `selected` of the clustered rows; 0: to reach p
-  double selected = 0;
+  std::string attention;  // the policy that decodes; none: dense attention
+  double selected = 0;    // the share of the clustered rows that it was asked to read; 0: it chooses by itself
   std::vector<double> seconds;
   double bytes = 0, flops = 0;
   double selected_rows = 0, read_rows = 0;  // of the clustered rows, of all rows: what it did read

@@ -354,7 +354,7 @@ struct Chooser {
       n += static_cast<int>(total >> 32), rows += static_cast<int>(total & 0xffffffffu);
     }
     if (tid != 0) return;
-    const bool joined = x.n > x.first ? marks[last / 32] >> last % 32 & 1 : x.begin > 0;  // what is there ends where the window begins
+    const bool joined = x.n > x.first ? marks[last / 32] >> last % 32 & 1 : x.begin == x.end && x.begin > 0;  // with the window
     if (x.len > x.end && !joined) {
       if (n > 0) to[n - 1].y = rows;
       to[n++].x = x.end;
