@@ -26,7 +26,7 @@ struct Machine {
 struct Test {
   bool is_prompt = false;
   int64_t n = 0, depth = 0, batch = 1;
-  std::string attention;  // the policy that decodes; none: dense attention
+  std::string attention = {};  // the policy that decodes; none: dense attention
   double selected = 0;    // the share of the clustered rows that it was asked to read; 0: it chooses by itself
   std::vector<double> seconds;
   double bytes = 0, flops = 0;
