@@ -66,6 +66,12 @@ struct LogTable {
   PRT_INLINE float at(const LogTable& t, int64_t n) { return n < kPageTokens ? t.small[n] : log1(n); }
 };
 
+// What the spread of n scores adds to the logarithm of their mean weight: half their variance, the lognormal's mean, as long as n of them
+// can have it. Past log n the largest of n is less than that mean, and is the sum: sparse.h.
+PRT_INLINE float spread_gain(float half_variance, float log_n) {
+  return half_variance > log_n ? 2 * __builtin_sqrtf(half_variance * log_n) - log_n : half_variance;
+}
+
 // log_mass and rank of every cluster. -> the largest log_mass
 PRT_INLINE float score_clusters(const Query& x, const LogTable& logs) {
   const bool moment = x.a.estimator == Estimator::moment;
@@ -89,8 +95,9 @@ PRT_INLINE float score_clusters(const Query& x, const LogTable& logs) {
     for (s = 0; s < x.n_slot; ++s) {
       const int64_t n = range[2 * s + 1];
       const float log_n = n > 0 ? LogTable::at(logs, n) : -__builtin_inff(), m = mean[s] * x.a.scale;
-      x.rank[j + s] = m + wide[s] * half_square;  // per row: by mass, large clusters of little worth would come first
-      x.rest[j + s] = m + kTailSpread * wide[s] * half_square + log_n;
+      const float spread = spread_gain(wide[s] * half_square, n > 0 ? log_n : 0);
+      x.rank[j + s] = m + spread;  // per row: by mass, large clusters of little worth would come first
+      x.rest[j + s] = m + kTailSpread * spread + log_n;
       x.log_mass[j + s] = x.rank[j + s] + log_n;
       if (n == 0) x.rank[j + s] = -__builtin_inff();
       x.order[j + s] = static_cast<int32_t>(j + s);

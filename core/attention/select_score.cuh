@@ -34,6 +34,13 @@ __device__ __forceinline__ float f8_to_float(uint8_t x) {
   return __low2float(*reinterpret_cast<const __half2*>(&y));
 }
 
+// As on the CPU; in base 2 all three are log2(e) times what they are there.
+__device__ __forceinline__ float spread_gain(float half_variance, float log_n) {
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(half_variance * log_n));
+  return half_variance > log_n ? 2 * root - log_n : half_variance;
+}
+
 // Tiles of 32 entries, one after the other: those of an entry's clusters, then those of its rows outside the index. A lane knows an entry.
 struct Tiles {
   Entry mine;
@@ -195,8 +202,9 @@ struct Scorer {
   }
   __device__ void put_cluster(const Places& to, int head, int i, int n_row, float log_n, float m, float wide) const {
     const bool there = i < to.n;
-    to.key[int64_t{head} * a.room + i] = there && n_row > 0 ? max(__float2int_rn((m + wide) * 0x1p16f), kEmpty + 1) : kEmpty;
-    if (a.tail && there) to.tail[head * a.tail_row + i] = (m + kTailSpread * wide + log_n) * kLn2;  // log2(0) is -inf
+    const float spread = spread_gain(wide, fmaxf(log_n, 0));
+    to.key[int64_t{head} * a.room + i] = there && n_row > 0 ? max(__float2int_rn((m + spread) * 0x1p16f), kEmpty + 1) : kEmpty;
+    if (a.tail && there) to.tail[head * a.tail_row + i] = (m + kTailSpread * spread + log_n) * kLn2;  // log2(0) is -inf
   }
   __device__ void put_first_row(const Cursor& t, int j, int2 range) const {
     int32_t* to = a.begin + (int64_t{t.entry} * a.h_kv + kv_head) * (a.room + kTile);

@@ -80,9 +80,12 @@ void select(const Backend&, const Select&);
 int64_t select_scratch_bytes(const Backend&, int64_t n_entry, int64_t h_q, int64_t h_kv, int64_t max_pages, int64_t n_slot);
 inline int64_t select_max_range(int64_t max_pages, int64_t n_slot) { return max_pages * n_slot + 2; }
 constexpr int64_t kExactClusters = 64;
-// The mass in `tail`: n exp(m + kTailSpread x the variance's term), with `fit` n exp(m). What is left behind are the clusters whose
-// variance says too much, so it is not believed in full; docs/adr/0013 has the table.
-constexpr float kTailSpread = 0.35f;
+// The mass of a cluster of n rows whose scores have the mean m and the variance 2 w, with `moment`: n exp(m + w) while w <= log n, the mean
+// of a lognormal, and exp(m + 2 sqrt(w log n)) above it, the largest of n: so wide a distribution has its mean from values that n rows do
+// not reach (Derrida's random energy model). On real keys w goes up to 20, log n is 3. The mass in `tail`: with kTailSpread of what the
+// spread adds, with `fit` n exp(m). What is left behind are the clusters whose variance says too much, so it is not believed in full;
+// docs/adr/0013 has the table.
+constexpr float kTailSpread = 0.5f;
 
 // Sums over decode rows, of one kv head. Integers, so that they do not depend on the order in which a GPU adds; shares are in units of
 // 2^-32.
