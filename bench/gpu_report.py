@@ -5,7 +5,7 @@
     prt-bench -c llama3.1-8b -p 0 -n 64 -d 131072 -r 3 -q --attention tactic --selected 0.005,0.01,0.02,0.05,0.1 --ops --structured \\
         --match "decode attention" --out sparse.json
     python bench/peers/llama_cpp_cuda.py --work DIR --out llama.json
-    python bench/peers/flashinfer_attention.py --out flashinfer.json
+    python bench/peers/flashinfer_attention.py --beside prt-bench --rounds 3 --out flashinfer.json
     python bench/load_time.py FOLDER --out load.json
     python bench/gpu_report.py --prt-bench short.json long.json sparse.json --llama llama.json --flashinfer flashinfer.json \\
         --load-time load.json
@@ -98,16 +98,19 @@ class Figures:
         memory = self.result.get("sparse_memory", {})
         return 100 * memory["index_bytes"] / memory["kv_bytes"] if "index_bytes" in memory else None
 
-    def decode_against_flashinfer(self) -> list[tuple[str, float]]:
-        """(batch x context, our time over theirs) for every row that both measured."""
+    def decode_against_flashinfer(self) -> list[tuple[str, float, float]]:
+        """(batch x context, our time, our time over theirs) for every row that both measured; in turns, if they were."""
+        turns = {f"{r['batch']} x {r['context']}": float(r["us"]) for r in self.result.get("flashinfer", {}).get("ours", [])}
         found = []
         for shape, us in self.flashinfer().items():
-            if ours := self.ops.get(f"attention_decode {shape}"):
-                found.append((shape, float(ours["us"]) / us))
+            op = self.ops.get(f"attention_decode {shape}")
+            ours = turns.get(shape, float(op["us"]) if op else None)
+            if ours:
+                found.append((shape, ours, ours / us))
         return found
 
     def worst_against_flashinfer(self) -> float | None:
-        return max((ratio for _, ratio in self.decode_against_flashinfer()), default=None)
+        return max((ratio for _, _, ratio in self.decode_against_flashinfer()), default=None)
 
     def beyond_mib(self) -> float | None:
         beyond = self.result.get("memory", {}).get("beyond_weights_and_kv")
@@ -179,8 +182,7 @@ def targets_table(figures: Figures) -> tuple[str, list[Json]]:
 
 def attention_table(figures: Figures) -> str:
     lines = ["| batch x context | ours, us | FlashInfer, us | ratio |", "|---|---|---|---|"]
-    for name, ratio in figures.decode_against_flashinfer():
-        us = figures.ops[f"attention_decode {name}"]["us"]
+    for name, us, ratio in figures.decode_against_flashinfer():
         lines.append(f"| {name} | {us:.1f} | {us / ratio:.1f} | {ratio:.2f} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 

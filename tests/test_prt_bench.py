@@ -227,6 +227,15 @@ def test_best_of_llama_bench() -> None:
     assert best_samples(rows) == {"pp512": [3.0, 4.0], "tg64 @ d8192": [5.0]}
 
 
+def test_rounds_of_flashinfer() -> None:
+    from flashinfer_attention import median_of
+
+    rounds = [[{"batch": 1, "us": us, "us_all": [us, us + 1, us + 2], "tb_s": 12 / (us + 1)}] for us in (1.0, 2.0, 6.0)]
+    (row,) = median_of(rounds)
+    assert row["us"] == 3.0 and len(row["us_all"]) == 9 and row["batch"] == 1
+    assert row["tb_s"] == pytest.approx(rounds[0][0]["tb_s"] * 1.0 / 3.0)
+
+
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu_report
 
@@ -269,6 +278,11 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     printed = capsys.readouterr().out
     assert "| 1 x 8192 | 9.0 | 10.0 | 0.90 |" in printed
     assert "| 1 x 131072, 2.01 % | - | - | 20.0 | - | 130.0 (6.5x) |" in printed
+    turns = peer | {"ours": [{"batch": 4, "context": 8192, "us": 38.0}]}  # measured in turns: what the other run said does not count
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", *arguments, "--flashinfer", write("turns.json", turns)])
+    assert gpu_report.main() == 0
+    targets = {t["what"]: t for t in json.loads(out.read_text())["targets"]}
+    assert targets["decode attention, slowest row over FlashInfer's time"]["value"] == pytest.approx(0.95)
     monkeypatch.setattr(
         sys, "argv", ["gpu_report.py", "--prt-bench", str(tmp_path / "a.json"), write("c.json", short | {"commit": "other"})]
     )

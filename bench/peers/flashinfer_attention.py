@@ -3,13 +3,18 @@
     pip install torch ninja flashinfer-python==0.5.3 apache-tvm-ffi
     python bench/peers/flashinfer_attention.py                                  # Markdown table
     python bench/peers/flashinfer_attention.py --decode 1x8192 --prefill "" -o json --out FILE
+    python bench/peers/flashinfer_attention.py --beside prt-bench --rounds 3 --out FILE   # taking turns with ours
 
 Decode is the tensor-core path (the fastest one for 4 query heads per kv head), in a CUDA graph of launches that take turns on KV sets
 larger together than the L2. Prefill is one causal sequence over a ragged cache, by both backends ("fa2": mma.sync, "fa3": wgmma).
 FlashInfer compiles its kernels on first use, which takes minutes; `--compile-only` does just that.
 
+A GPU's memory gets a few percent slower as it warms up, so whoever comes first looks faster: with `--beside`, ours and theirs are measured
+in turns, `--rounds` times, and every figure is the median of its rounds.
+
 JSON: {"gpu", "torch", "flashinfer", "h_q", "h_kv", "d_head", "rows": [{"test": "decode" | "prefill", "backend", "batch", "context", "page",
-"us", "us_all", and "tb_s" or "tflop_s"}]}. `us` is the median of `us_all`, the time of one launch in each replay of the graph.
+"us", "us_all", and "tb_s" or "tflop_s"}]}. `us` is the median of `us_all`, the time of one launch in each replay of the graph of every
+round. With `--beside` also "ours": [{"batch", "context", "us", "us_all"}], a figure of `us_all` for each round.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import argparse
 import importlib
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +150,29 @@ class Peer:
             raise SystemExit(f"FlashInfer's decode is off by {error:.3g}")
 
 
+def median_of(rounds: list[list[Row]]) -> list[Row]:
+    """The rows of all rounds as one: their times together, and what follows from the median."""
+    merged = []
+    for same in zip(*rounds, strict=True):
+        us_all = [us for row in same for us in row["us_all"]]
+        merged.append({**same[0], "us": median(us_all), "us_all": us_all})
+        for rate in ("tb_s", "tflop_s"):
+            if rate in same[0]:
+                merged[-1][rate] = same[0][rate] * same[0]["us"] / median(us_all)
+    return merged
+
+
+def ours(prt_bench: str) -> list[Row]:
+    """Our decode attention of the same shapes, by prt-bench."""
+    command = [prt_bench, "-c", "llama3.1-8b", "--ops-only", "--no-ceilings", "-q", "--match", "decode attention", "-o", "json"]
+    ops = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["ops"]
+    rows = []
+    for op in ops:
+        batch, context = (int(n) for n in op["shape"].split(" x "))
+        rows.append({"batch": batch, "context": context, "us": op["us"], "us_all": [op["us"]]})
+    return rows
+
+
 def table(rows: list[Row]) -> str:
     lines = ["| test | backend | batch x context | page | us | rate |", "|---|---|---|---|---|---|"]
     for r in rows:
@@ -157,6 +186,8 @@ def main() -> None:
     parser.add_argument("--decode", default=DECODE, help="BATCHxCONTEXT, comma-separated; empty for none")
     parser.add_argument("--pages", default="16,64", help="page sizes of decode (default %(default)s)")
     parser.add_argument("--prefill", default=PREFILL, help="tokens, comma-separated; empty for none")
+    parser.add_argument("--beside", metavar="PRT_BENCH", help="our benchmark program: measured in turns with theirs")
+    parser.add_argument("--rounds", type=int, default=1, help="how often everything is measured (default %(default)s)")
     parser.add_argument("--compile-only", action="store_true", help="build the kernels and stop")
     parser.add_argument("-o", choices=("md", "json"), default="md", help="what to print")
     parser.add_argument("--out", type=Path, help="file for the JSON")
@@ -167,19 +198,28 @@ def main() -> None:
     if args.compile_only:
         return
     peer.verify()
-    rows: list[Row] = []
-    for batch, context in parse_decode(args.decode):
-        for page in (int(p) for p in args.pages.split(",")):
-            for padded in (False, True):
-                rows.append(peer.decode(batch, context, page, padded))
-                print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    for context in (int(c) for c in args.prefill.split(",") if c):
-        for backend in ("fa2", "fa3"):
-            rows.append(peer.prefill(context, backend))
-    result = {
+    theirs: list[list[Row]] = []
+    beside: list[list[Row]] = []
+    for _ in range(args.rounds):
+        if args.beside:
+            beside.append(ours(args.beside))
+        rows: list[Row] = []
+        for batch, context in parse_decode(args.decode):
+            for page in (int(p) for p in args.pages.split(",")):
+                for padded in (False, True):
+                    rows.append(peer.decode(batch, context, page, padded))
+                    print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+        for context in (int(c) for c in args.prefill.split(",") if c):
+            for backend in ("fa2", "fa3"):
+                rows.append(peer.prefill(context, backend))
+        theirs.append(rows)
+    rows = median_of(theirs)
+    result: dict[str, Any] = {
         "gpu": peer.torch.cuda.get_device_name(0), "torch": peer.torch.__version__, "flashinfer": peer.flashinfer.__version__,
         "h_q": H_Q, "h_kv": H_KV, "d_head": D_HEAD, "rows": rows,
     }  # fmt: skip
+    if beside:
+        result["ours"] = median_of(beside)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1) if args.o == "json" else table(rows))
