@@ -22,7 +22,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, PAGE = ROOT / "bench" / "results" / "policies.json", ROOT / "docs" / "results.md"
-ENDLESS = ROOT / "bench" / "results" / "streaming.json"  # of bench/streaming.py
+RESULTS = ROOT / "bench" / "results"
+ENDLESS = RESULTS / "streaming.json"  # of bench/streaming.py
+ANSWERS = RESULTS / "h200_policies_retrieval.json"  # of `pyruntime eval --tasks`
+SPEED = RESULTS / "h200_policies.json"  # of prt-bench
 
 DEFAULTS = (
     "tactic", "recycled", "recycled:stride=10,k=2048", "recycled:check=10", "tactic_recycled", "tactic_recycled:threshold=0.8",
@@ -99,8 +102,52 @@ def endless(r: dict[str, Any]) -> list[str]:
     ]
 
 
-def page(report: dict[str, Any], streaming: dict[str, Any] | None) -> str:
-    """The results page."""
+def answers(r: dict[str, Any]) -> list[str]:
+    """Questions about long contexts."""
+    tasks = ("needle", "kv", "chain")
+    by = {(row["attention"], row["task"]): row for row in r["results"]}
+    rows = []
+    for policy in dict.fromkeys(row["attention"] for row in r["results"]):
+        mine = [by[policy, task] for task in tasks]
+        cost = sum(row["density"] for row in mine) / len(mine), sum(row["read"] for row in mine) / len(mine)
+        rows.append([f"`{policy}`", *(f"{100 * row['accuracy']:.0f} %" for row in mine), *(f"{row['kl']:.3f}" for row in mine),
+                     *(share(x) for x in cost)])  # fmt: skip
+    n, length = r["results"][0]["questions"], r["results"][0]["length"]
+    return [
+        "## Questions about long contexts",
+        f"{n} questions of each kind about contexts of {length} tokens: a needle in a text, a value of a list of random pairs, a chain of "
+        f"variables. The context is read densely, the question's last 24 tokens and the answer are decoded with the policy. {r['model']}; "
+        f"`{r['command']}` at {r['commit']} ([{ANSWERS.name}](../bench/results/{ANSWERS.name})).",
+        table(["policy", *(f"{t}, right" for t in tasks), *(f"KL, {t}" for t in tasks), "density", "read"], rows),
+        "Recycled Attention reads what mattered up to `stride` tokens ago. Here that is before the answer begins, which is the 25th of these "
+        "tokens, and what it needs did not matter yet. Tactic with its choices kept (`tactic_recycled`) loses answers in the same way.",
+    ]
+
+
+def speed(r: dict[str, Any]) -> list[str]:
+    """Tokens per second on a GPU."""
+    depths = sorted({t["depth"] for t in r["tests"]})
+    by = {(t["test"].split(f"@ d{t['depth']}")[1].strip() or "dense", t["depth"]): t for t in r["tests"]}
+    rows = []
+    for policy in dict.fromkeys(name for name, _ in by):
+        mine = [by[policy, d] for d in depths]
+        dense = [by["dense", d] for d in depths]
+        rows.append([
+            f"`{policy}`", *(f"{t['tok_s_mean']:.1f} ({t['tok_s_mean'] / d['tok_s_mean']:.2f})" for t, d in zip(mine, dense, strict=True)),
+            *(share(t.get("read_rows", 1)) for t in mine),
+        ])  # fmt: skip
+    gpu, model = r["machine"]["name"], r["model"]["name"]
+    return [
+        "## Speed on a GPU",
+        f"Tokens per second of one sequence (over dense) and rows read, by depth: {model} with random weights on one {gpu}, "
+        f"`{r['command']}` at {r['commit']} ([{SPEED.name}](../bench/results/{SPEED.name})). Random weights: successive queries have "
+        "nothing in common, so `tactic_recycled` and `token_select` choose anew at every token, and also look whether they must.",
+        table(["policy", *(f"at {d}, tok/s" for d in depths), *(f"read at {d}" for d in depths)], rows),
+    ]
+
+
+def page(report: dict[str, Any], ours: bool) -> str:
+    """The results page. ours: with what else has been measured of this model."""
     d, equal = report["defaults"], report["equal"]
     mass = [r for r in d["rows"] if r["attention"] in (*MASS, "streaming")]
     parts = [
@@ -135,7 +182,9 @@ def page(report: dict[str, Any], streaming: dict[str, Any] | None) -> str:
         table(["policy", "read", "true mass", "p10", "KL"], [
             [f"`{r['attention']}`", share(r["read"]), share(r["true_mass"]), share(r["true_mass_p10"]), f"{r['kl']:.4f}"] for r in mass
         ]),
-        *(endless(streaming) if streaming else []),
+        *(answers(json.loads(ANSWERS.read_text(encoding="utf-8"))) if ours else []),
+        *(endless(json.loads(ENDLESS.read_text(encoding="utf-8"))) if ours else []),
+        *(speed(json.loads(SPEED.read_text(encoding="utf-8"))) if ours else []),
         "## Larger models, longer contexts",
         "The same page for another model, and questions whose answers lie in the context:",
         "```sh\n# not run by the tests: the weights are large\n"
@@ -162,8 +211,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.do == "run":
         run(arguments)
-    streaming = json.loads(ENDLESS.read_text(encoding="utf-8")) if arguments.out == OUT else None
-    arguments.page.write_text(page(json.loads(arguments.out.read_text(encoding="utf-8")), streaming), encoding="utf-8")
+    report = json.loads(arguments.out.read_text(encoding="utf-8"))
+    arguments.page.write_text(page(report, arguments.out == OUT), encoding="utf-8")
     return 0
 
 

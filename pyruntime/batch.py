@@ -178,7 +178,7 @@ class Batch:
 
     def _fits(self, run: Run) -> bool:
         n_page = run.pages_ahead(self.prefixes.match(self._reusable(run))) + sum(r.pages_ahead(r.n_read) for r in self.running)
-        if n_page + max(pages_for(r.n_read) for r in self.running) > self.n_page:
+        if n_page + max(pages_for(self.session.length(r.seq)) for r in self.running) > self.n_page:
             return False  # giving up what is kept would not be enough
         self.prefixes.make_room(n_page)
         return n_page <= self._free_pages()
@@ -327,7 +327,7 @@ class Batch:
         self.running.remove(run)
         run.call.n_running -= 1
         seq, n, run.seq, run.n_read = run.seq, run.n_read, 0, 0
-        if keep:
+        if keep and self.session.handle and self.session.length(seq) == n:  # else some of its tokens were evicted
             self.prefixes.put(seq, run.request.tokens(0, n))
         else:
             self.session.free_sequence(seq)

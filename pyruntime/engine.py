@@ -51,7 +51,7 @@ class Engine:
             if waiting >= self.max_queue:
                 raise QueueFullError(f"{waiting} calls are waiting for the model, as many as may: try again later")
             for request in call.requests:
-                pages = pages_for(len(request.prompt) + request.max_tokens)
+                pages = pages_for(request.longest)
                 if pages > self.batch.n_page:
                     raise OutOfPagesError(f"the request may need {pages} KV pages, there are {self.batch.n_page}: give max_tokens")
             call.turn = threading.Condition(self._lock)
@@ -130,11 +130,6 @@ class Engine:
 
     def set_attention(self, attention: Attention) -> None:
         """Another policy for all, from the next step on."""
-        if attention.struct.evict:
-            raise InvalidArgumentError(
-                f"attention {str(attention)!r} gives up tokens that a model counts on to reuse them: leave evict out, or use a "
-                "session of your own as bench/streaming.py does"
-            )
         with self.borrow(0):
             self.session.set_attention(attention)
             self.batch.set_sparse(attention.policy != "full")

@@ -99,8 +99,10 @@ class Request:
         n_vocab: int,
         max_context: int,
         longest_context: int,
+        endless: bool = False,
         constraint: Constraint | None = None,
     ) -> None:
+        """endless: tokens are evicted as it goes on (StreamingLLM), so that max_tokens may be more than fits the context."""
         self.prompt, self.params, self.tokenizer, self.constraint = prompt, params, tokenizer, constraint
         if len(prompt) >= max_context:
             larger = f", or load the model with a larger max_context (up to {longest_context})" if max_context < longest_context else ""
@@ -109,7 +111,10 @@ class Request:
                 f"shorten the prompt{larger}"
             )
         room = max_context - len(prompt)
-        self.max_tokens = min(params.max_tokens or room, room)
+        self.max_tokens = params.max_tokens or room
+        self.longest = len(prompt) + min(self.max_tokens, room)  # most tokens that its sequence holds at a time
+        if not endless:
+            self.max_tokens = min(self.max_tokens, room)
         self.seed = fresh_seed() if seed is None else seed
         self.sampler = Sampler(params, n_vocab, seed=self.seed)
         self.sampler.accept(prompt, is_prompt=True)

@@ -337,6 +337,7 @@ class Model:
         below), dense_layers (first layers that stay dense), seed, measure (stats() then has the true mass; as slow as dense attention),
         selected (for benchmarks: the share of the rows that each query head chooses, whatever their mass). Other policies:
         "recycled", "tactic_recycled", "streaming", "quest", "token_select", "oracle"; docs/long-context.md has their options.
+        "streaming:evict=1" gives tokens up as it goes on, so that max_tokens may be more than max_context has room for.
         Raises InvalidArgumentError, UnsupportedModelError, or OutOfMemoryError where the page pool left no room for the index of "tactic"
         (a model that is opened with it does leave that room); nothing has changed then.
         """
@@ -450,6 +451,7 @@ class Model:
             n_vocab=self.config.n_vocab,
             max_context=self.max_context,
             longest_context=self.config.context_length,
+            endless=bool(self.attention.struct.evict),
             constraint=self._constraint(params),
         )
 

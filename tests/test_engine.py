@@ -465,3 +465,56 @@ def test_on_a_gpu(folder: Path, attention: str) -> None:
         model.clear_cache()
         stats = model.stats()
         assert (stats["n_sequence"], stats["n_page_free"]) == (0, stats["n_page"])
+
+
+# ---------------------------------------------------------------- StreamingLLM with eviction: texts longer than the context
+
+EVICTING = "streaming:sinks=4,window=128,min_context=190,evict=1"
+
+
+def test_a_text_goes_on_past_the_context(folder: Path, tiny: pyruntime.Model) -> None:
+    """In constant memory, and token for token as a session of one's own under the same policy."""
+    ids, n = prompt(3)[:60], 1200
+    session = Session(tiny._weights, max_context=512, threads=1)
+    session.set_attention(Attention.parse(EVICTING))
+    seq, want, given = session.create_sequence(), [], ids
+    for _ in range(n):
+        logits = session.step([Entry(seq, given, n_logits=1)]).logits
+        assert logits is not None
+        want.append(int(logits[-1].argmax()))
+        given = [want[-1]]
+    session.close()
+    with pyruntime.Model(folder, threads=1, max_context=512, attention=EVICTING) as model:
+        for _ in range(2):  # the second one finds the prompt, but no text with holes
+            done = model.generate(ids, max_tokens=n, temperature=0, ignore_eos=True)
+            assert done.token_ids == want and done.finish_reason == "length"
+            assert model.stats()["n_page"] - model.stats()["n_page_free"] <= 2
+        several = model.generate([ids, ids[::-1]], max_tokens=n, temperature=0, ignore_eos=True)
+        assert several[0].token_ids == want and len(several[1].token_ids) == n
+        assert model.stats()["n_page_peak"] <= 2 * 8
+        assert len(model.generate(ids, temperature=0, ignore_eos=True).token_ids) == 512 - len(ids), (
+            "without max_tokens the context is the end"
+        )
+        with pytest.raises(pyruntime.ContextLengthError, match="the prompt has 600 tokens, max_context is 512"):
+            model.generate([5] * 600, max_tokens=1)
+        model.set_attention("full")
+        assert len(model.generate(ids, max_tokens=n, temperature=0, ignore_eos=True).token_ids) == 512 - len(ids)
+
+
+def test_a_preempted_text_without_end_goes_on(tiny: pyruntime.Model) -> None:
+    """It is read again token by token, so that it gives up the same tokens."""
+    session = Session(tiny._weights, max_context=512, n_page=9, threads=1)
+    engine = Engine(session)
+    engine.set_attention(Attention.parse(EVICTING))
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (700, 300)]
+    made = [
+        Request(prompt(3)[:60], p, tiny.tokenizer, eos_ids=tiny.eos_ids, n_vocab=tiny.config.n_vocab, max_context=512, longest_context=512,
+                endless=True) for p in params
+    ]  # fmt: skip
+    call = Call([[r] for r in made])
+    engine.submit(call)
+    engine.wait(call)
+    long, short = (r.token_ids for r in made)
+    assert len(long) == 700 and long[:300] == short
+    assert engine.stats()["n_preempted"] > 0
+    session.close()
