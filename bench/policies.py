@@ -119,8 +119,9 @@ def answers(r: dict[str, Any]) -> list[str]:
         f"variables. The context is read densely, the question's last 24 tokens and the answer are decoded with the policy. {r['model']}; "
         f"`{r['command']}` at {r['commit']} ([{ANSWERS.name}](../bench/results/{ANSWERS.name})).",
         table(["policy", *(f"{t}, right" for t in tasks), *(f"KL, {t}" for t in tasks), "density", "read"], rows),
-        "Recycled Attention reads what mattered up to `stride` tokens ago. Here that is before the answer begins, which is the 25th of these "
-        "tokens, and what it needs did not matter yet. Tactic with its choices kept (`tactic_recycled`) loses answers in the same way.",
+        "Recycled Attention reads what mattered up to `stride` tokens ago. Here that is before the answer begins, which is the 25th of "
+        "these tokens, and what it needs did not matter yet. Tactic with its choices kept (`tactic_recycled`) loses answers in the same "
+        "way.",
     ]
 
 

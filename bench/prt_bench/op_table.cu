@@ -5,6 +5,7 @@
 #include <map>
 #include <numeric>
 
+#include "attention/choice.h"
 #include "attention/tactic.h"
 #include "prt_bench/gpu.cuh"
 
@@ -24,6 +25,8 @@ constexpr int64_t kChunk = 2048;  // rows of a prompt that the library takes at 
 // batch x context of the decode attention, and the lengths of the causal one, that bench/peers measures elsewhere.
 constexpr int64_t kDecodeGrid[][2] = {{1, 8192},  {1, 32768},  {1, 65536}, {1, 131072}, {4, 8192},  {4, 32768},
                                       {4, 65536}, {4, 131072}, {8, 8192},  {8, 32768},  {8, 65536}, {32, 2048}};
+// One sequence of so many tokens, for the operations of the policies that are not Tactic.
+constexpr int64_t kChoiceContexts[] = {32768, 131072};
 // The same for sparse decode attention, and the segments it is measured with: the library's defaults.
 constexpr int64_t kSparseBatches[] = {1, 4, 8}, kSparseContexts[] = {8192, 32768, 65536, 131072};
 constexpr int64_t kSlots = 4, kSegmentPages = 32, kWindow = 128;
@@ -58,6 +61,8 @@ class OpTable {
         for (const int64_t context : kSparseContexts) sparse(batch, context);
       std::stable_sort(report_.ops.begin() + before, report_.ops.end(), [](const Op& x, const Op& y) { return x.selected < y.selected; });
     }
+    group_ = "choosing rows, one layer";
+    for (const int64_t context : kChoiceContexts) choosing(context);
     group_ = "causal attention, one layer";
     for (const int64_t n : kPrefillLengths) attention(1, n, n, 0);
     group_ = "matrix product";
@@ -195,6 +200,78 @@ class OpTable {
                         else prt::attention_prefill(b_, a);
                       }};
     });
+  }
+
+  // What Recycled Attention, TokenSelect and Quest choose with: the scores of all rows, alone and out of dense attention, of blocks by
+  // their bounds, and the cut of both, at the published numbers of rows.
+  void choosing(int64_t context) {
+    const int64_t h_q = c_.h_q, q = h_q * c_.d_head, kv = int64_t{c_.h_kv} * c_.d_head;
+    const int64_t n_page = (context + prt::kPageTokens - 1) / prt::kPageTokens, n_block = n_page * prt::kPageTokens / prt::kBlockRows;
+    const std::string shape = dims(1, context);
+    const auto rows = static_cast<double>(context);
+    const double k_bytes = 2 * rows * static_cast<double>(kv), score_bytes = 4 * rows * static_cast<double>(h_q);
+    const double block_bytes = 2 * k_bytes / prt::kBlockRows, block_score_bytes = score_bytes / prt::kBlockRows;
+    const float scale = 1 / std::sqrt(static_cast<float>(c_.d_head));
+    const auto paged = [&](int64_t per_page) {  // sets of pages, past the L2
+      const int64_t sets = sets_of(n_page * per_page * kv * 2);
+      return std::pair{random(DType::bf16, 1, 0, sets * n_page, c_.h_kv, per_page, c_.d_head), sets};
+    };
+    const auto lengths = [&] { return ints({static_cast<int32_t>(context)}, 1); };
+    measure("score_rows", shape, k_bytes + score_bytes, 2 * rows * static_cast<double>(q), 0, [&] {
+      const auto [k, sets] = paged(prt::kPageTokens);
+      prt::ScoreRows a{};
+      a.scores = empty(DType::f32, 1, h_q, n_page * prt::kPageTokens), a.log_total = empty(DType::f32, 1, h_q);
+      a.q = random(DType::bf16, 1, 0, 1, q);
+      a.page_table = ints(shuffled(n_page), 1, n_page), a.kv_len = lengths();
+      a.scale = scale;
+      return Launches{sets, [=, this, k = k, sets = sets](int64_t i) mutable {
+                        a.k_pages = k.rows(i % sets * n_page, n_page);
+                        prt::score_rows(b_, a);
+                      }};
+    });
+    measure("attention_decode with scores", shape, 2 * k_bytes + score_bytes, 4 * rows * static_cast<double>(q), 0, [&] {
+      const auto [k, sets] = paged(prt::kPageTokens);
+      const Tensor v = random(DType::bf16, 1, 0, k.shape[0], c_.h_kv, prt::kPageTokens, c_.d_head);
+      prt::Attention a;
+      a.out = random(DType::bf16, 1, 0, 1, q), a.q = random(DType::bf16, 1, 0, 1, q);
+      a.q_begin = ints({0, 1}, 2), a.kv_len = lengths(), a.page_table = ints(shuffled(n_page), 1, n_page);
+      a.window = 0;
+      a.scale = scale;
+      a.scratch = scratch(prt::attention_scratch_bytes(b_, 1, context, h_q, c_.h_kv, c_.d_head));
+      a.scores = empty(DType::f32, 1, h_q, n_page * prt::kPageTokens), a.log_total = empty(DType::f32, 1, h_q);
+      return Launches{sets, [=, this, k = k, sets = sets](int64_t i) mutable {
+                        a.k_pages = k.rows(i % sets * n_page, n_page), a.v_pages = v.rows(i % sets * n_page, n_page);
+                        prt::attention_decode(b_, a);
+                      }};
+    });
+    measure("score_blocks", shape, block_bytes + block_score_bytes, 4 * rows / prt::kBlockRows * static_cast<double>(q), 0, [&] {
+      const auto [low, sets] = paged(prt::kPageTokens / prt::kBlockRows);
+      const Tensor high = random(DType::bf16, 1, 0, low.shape[0], c_.h_kv, prt::kPageTokens / prt::kBlockRows, c_.d_head);
+      prt::ScoreBlocks a{};
+      a.scores = empty(DType::f32, 1, h_q, n_block), a.log_total = empty(DType::f32, 1, h_q);
+      a.q = random(DType::bf16, 1, 0, 1, q);
+      a.page_table = ints(shuffled(n_page), 1, n_page), a.kv_len = lengths();
+      a.scale = scale;
+      return Launches{sets, [=, this, low = low, sets = sets](int64_t i) mutable {
+                        a.low = low.rows(i % sets * n_page, n_page), a.high = high.rows(i % sets * n_page, n_page);
+                        prt::score_blocks(b_, a);
+                      }};
+    });
+    const auto cut = [&](const char* name, int64_t unit, int64_t k, prt::Vote vote) {
+      const int64_t room = n_page * prt::kPageTokens / unit, max_range = prt::top_rows_max_range(n_page * prt::kPageTokens, unit, k, 0, 0);
+      measure(name, shape, unit == 1 ? score_bytes : block_score_bytes, 0, 0, [&] {
+        prt::TopRows a{};
+        a.ranges = empty(DType::i32, 1, c_.h_kv, max_range, 2), a.n_range = empty(DType::i32, 1, c_.h_kv);
+        a.scores = random(DType::f32, 2, 0, 1, h_q, room), a.log_total = random(DType::f32, 0.1f, 10, 1, h_q);
+        a.kv_len = lengths();
+        a.h_q = h_q, a.unit = unit, a.k = k, a.sinks = 16, a.window = 128, a.vote = vote, a.pool = 1;
+        a.scratch = scratch(prt::top_rows_scratch_bytes(1, c_.h_kv, room));
+        return Launches{1, [=, this](int64_t) { prt::top_rows(b_, a); }};
+      });
+    };
+    cut("top_rows, first head's 4096 (recycled)", 1, 4096, prt::Vote::first);
+    cut("top_rows, the layer's 2048 (token_select)", 1, 2048, prt::Vote::layer);
+    cut("top_rows, 64 blocks (quest)", prt::kBlockRows, 1024, prt::Vote::max);
   }
 
   // Clustering of n_seq contexts, then selection, attention and both for each share of the clustered rows.
