@@ -117,7 +117,7 @@ Options parse_options(int argc, char** argv) {
     else if (name == "--attention") {
       const std::string policy = value();
       prt_attention parsed = PRT_ATTENTION_INIT;
-      if (prt_attention_parse(policy.c_str(), &parsed) != PRT_OK) throw Failure(2, "--attention: " + std::string(prt_last_error()));
+      if (prt_attention_parse(policy.c_str(), &parsed) != PRT_OK) throw Failure(2, prt_last_error());
       if (parsed.policy != PRT_ATTENTION_FULL) o.attention.push_back(policy);
     } else if (name == "--chunk") o.chunk = number(name, value(), 1, 1 << 16);
     else throw Failure(2, "'" + std::string(argv[i]) + "' is not an option; prt-bench --help lists them");
