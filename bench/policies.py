@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT, PAGE = ROOT / "bench" / "results" / "policies.json", ROOT / "docs" / "results.md"
 RESULTS = ROOT / "bench" / "results"
+OUT, PAGE = RESULTS / "policies.json", ROOT / "docs" / "results.md"
 ENDLESS = RESULTS / "streaming.json"  # of bench/streaming.py
 ANSWERS = RESULTS / "h200_policies_retrieval.json"  # of `pyruntime eval --tasks`
 SPEED = RESULTS / "h200_policies.json"  # of prt-bench
@@ -128,7 +128,7 @@ def answers(r: dict[str, Any]) -> list[str]:
 def speed(r: dict[str, Any]) -> list[str]:
     """Tokens per second on a GPU."""
     depths = sorted({t["depth"] for t in r["tests"]})
-    by = {(t["test"].split(f"@ d{t['depth']}")[1].strip() or "dense", t["depth"]): t for t in r["tests"]}
+    by = {(t.get("attention", "dense") + (f" {100 * t['selected']:g} %" if t.get("selected") else ""), t["depth"]): t for t in r["tests"]}
     rows = []
     for policy in dict.fromkeys(name for name, _ in by):
         mine = [by[policy, d] for d in depths]
@@ -141,8 +141,8 @@ def speed(r: dict[str, Any]) -> list[str]:
     return [
         "## Speed on a GPU",
         f"Tokens per second of one sequence (over dense) and rows read, by depth: {model} with random weights on one {gpu}, "
-        f"`{r['command']}` at {r['commit']} ([{SPEED.name}](../bench/results/{SPEED.name})). Random weights: successive queries have "
-        "nothing in common, so `tactic_recycled` and `token_select` choose anew at every token, and also look whether they must.",
+        f"`{r['command']}` at {r['commit']} ([{SPEED.name}](../bench/results/{SPEED.name})). Random weights: successive queries are "
+        "hardly alike, so that policies that look whether a choice serves again (`tactic_recycled`, `token_select`) gain little by it.",
         table(["policy", *(f"at {d}, tok/s" for d in depths), *(f"read at {d}" for d in depths)], rows),
     ]
 

@@ -9,8 +9,8 @@ Decode is the tensor-core path (the fastest one for 4 query heads per kv head), 
 larger together than the L2. Prefill is one causal sequence over a ragged cache, by both backends ("fa2": mma.sync, "fa3": wgmma).
 FlashInfer compiles its kernels on first use, which takes minutes; `--compile-only` does just that.
 
-A GPU's memory gets a few percent slower as it warms up, so whoever comes first looks faster: with `--beside`, ours and theirs are measured
-in turns, `--rounds` times, and every figure is the median of its rounds.
+A GPU's memory gets about a percent slower as it warms up, so whoever comes first looks faster. With `--beside`, ours and theirs are
+measured in turns, `--rounds` times, and every figure is the median of its rounds.
 
 JSON: {"gpu", "torch", "flashinfer", "h_q", "h_kv", "d_head", "rows": [{"test": "decode" | "prefill", "backend", "batch", "context", "page",
 "us", "us_all", and "tb_s" or "tflop_s"}]}. `us` is the median of `us_all`, the time of one launch in each replay of the graph of every
