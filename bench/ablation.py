@@ -28,6 +28,8 @@ ROWS = [
     ("default", "tactic"),
     ("P 0.75", "tactic:p=0.75"),
     ("P 0.5", "tactic:p=0.5"),
+    ("no limit for a head", "tactic:budget=1"),
+    ("at most a tenth of the rows for a head", "tactic:budget=0.1"),
     ("no tail", "tactic:tail=0"),
     ("no tail, P 0.75", "tactic:tail=0,p=0.75"),
     ("`fit`", "tactic:estimator=fit"),
@@ -43,7 +45,7 @@ ROWS = [
     ("5 iterations", "tactic:iterations=5"),
     ("clustered all at once", "tactic:segment=0"),
     ("clustered all at once, P 0.75", "tactic:segment=0,p=0.75"),
-    ("as published, with sinks and window: all at once, `fit`, no tail", "tactic:segment=0,estimator=fit,tail=0"),
+    ("as published, with sinks and window: all at once, `fit`, no tail, no limit", "tactic:segment=0,estimator=fit,tail=0,budget=1"),
 ]
 COLUMNS = ("P 0.9 unless said", "density", "read", "KL", "p90", "top-1", "true mass", "reach P", "clustering, s")
 

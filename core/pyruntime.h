@@ -275,7 +275,8 @@ typedef struct prt_attention {
   float selected;        /* for benchmarks: the share of the clustered rows that each query head chooses, whatever their mass; 0: by p */
   uint64_t seed;         /* of K-means */
   int32_t k;             /* rows that each kv head chooses beside sinks and window; 0: the policy's own number, oracle: by p */
-  float budget;          /* instead of k: so many rows as a share of the context, up to 1; 0: k */
+  float budget;          /* instead of k: so many rows as a share of the context, up to 1; 0: k. tactic: the most that a query head takes of the
+                          * clustered rows, whatever p says; 0: 0.18 up to p = 0.9, from there 0.018 / (1 - p); no limit with p = 1 */
   int32_t stride;        /* recycled: every so many decoded tokens one attends to all; 0: 50, with check: never because of this */
   int32_t check;         /* recycled: every so many tokens, a layer whose query is no more like that of its last full step takes one; 0: off */
   float threshold;       /* cosine of two queries from which on they are alike; 0: the policy's own */

@@ -33,6 +33,22 @@ def test_long_decode_stays_near_dense(open_session: Open, estimator: str, segmen
     assert stats["true_mass"] / stats["n_true"] > 0.9
 
 
+def test_a_head_takes_no_more_than_its_budget(open_session: Open) -> None:
+    """Random weights attend to everything a little: a head would take most of the rows. All rows are all rows, whatever the budget."""
+    ids, tail = prompt(1100), prompt(6, 1)
+    share = {}
+    for name, options in {"few": {"budget": 0.05}, "default": {}, "any": {"budget": 1}, "all": {"p": 1.0, "budget": 0.05}}.items():
+        session = open_session(tactic(**{"p": 0.9, **options}))
+        decode(session, filled(session, ids), tail)
+        stats = session.attention_stats()
+        rows = stats["n_context"] - stats["n_exact"]
+        share[name] = stats["n_selected"] / rows
+        group = stats["n_mass"] / stats["n_step"]
+        if name == "few":  # the last cluster goes over
+            assert stats["n_selected"] <= group * (0.05 * rows + 64 * stats["n_step"])
+    assert 0 < share["few"] < share["default"] < share["any"] < share["all"] == 1
+
+
 def test_forks_share_segments_and_truncation_takes_them_apart(open_session: Open) -> None:
     dense, session = open_session(), open_session(tactic(p=1.0))
     ids, more = prompt(800), prompt(300, 1)

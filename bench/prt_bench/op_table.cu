@@ -342,7 +342,7 @@ class OpTable {
     a.kv_len = ints(std::vector<int32_t>(static_cast<size_t>(n_seq), static_cast<int32_t>(context)), n_seq);
     a.closed = ints(closed, n_seq, 2);
     a.scale = 1 / std::sqrt(static_cast<float>(d));
-    a.p = 0.9f;
+    a.p = a.budget = 1;
     a.estimator = prt::Estimator::moment;
     a.scratch = scratch(prt::select_scratch_bytes(b_, n_seq, h_q, h_kv, max_pages, kSlots));
     prt::SparseAttention attend;
@@ -414,9 +414,9 @@ class OpTable {
   // -> the share that it is in fact
   double calibrate(prt::Select& a, double wanted, double n_row, const std::function<void()>& run) {
     std::vector<prt::AttentionCounters> counters(static_cast<size_t>(c_.h_kv));
-    double fraction = wanted, share = 0, low = 0, high = 1;
+    double budget = wanted, share = 0, low = 0, high = 1;
     for (int i = 0; i < 16; ++i) {
-      a.fraction = static_cast<float>(fraction);
+      a.budget = static_cast<float>(std::min(budget, 1.0));
       prt::fill(stream_, a.counters.data, 0, a.counters.bytes());
       run();
       prt::copy_to_host(stream_, counters.data(), a.counters.data, a.counters.bytes());
@@ -425,9 +425,9 @@ class OpTable {
       for (const prt::AttentionCounters& c : counters) selected += c.n_selected;
       share = static_cast<double>(selected) / n_row;
       if (std::abs(share / wanted - 1) < 0.01) break;
-      (share > wanted ? high : low) = fraction;
-      fraction = share > 0 ? fraction * wanted / share : fraction * 2;
-      if (fraction <= low || fraction >= high) fraction = (low + high) / 2;
+      (share > wanted ? high : low) = budget;
+      budget = share > 0 ? budget * wanted / share : budget * 2;
+      if (budget <= low || budget >= high) budget = (low + high) / 2;
     }
     return share;
   }

@@ -21,7 +21,7 @@ std::unique_ptr<Policy> make(const PolicyContext& x, const prt_attention& c) {
 }
 
 #define PRT_ALL "window sinks min_context dense_layers measure "
-#define PRT_TACTIC "p cluster segment iterations estimator tail selected seed " PRT_ALL
+#define PRT_TACTIC "p budget cluster segment iterations estimator tail selected seed " PRT_ALL
 const PolicyInfo kPolicies[] = {
     {PRT_ATTENTION_FULL, "full", "", "", true, nullptr, nullptr},
     {PRT_ATTENTION_TACTIC, "tactic", PRT_TACTIC, "", true, make<Tactic>, index_page_bytes},

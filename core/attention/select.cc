@@ -1,5 +1,5 @@
 // prt_op_run("select", {ranges, n_range, tail or empty, mass, true_mass or empty, counters or empty, q, k_pages, page_table, kv_len,
-//                       closed, centroid, variance, range; state and made, or left out}, {scale, p, fraction, estimator})
+//                       closed, centroid, variance, range; state and made, or left out}, {scale, p, budget, estimator})
 #include "attention/choice.h"
 #include "ops/cpu_table.h"
 #include "ops/cuda_table.h"
@@ -69,7 +69,7 @@ void select(const Backend& backend, const Select& a) {
   if (a.counters) check_shape(op, "counters", a.counters, DType::i64, {h_kv, kAttentionCounters});
   check(a.scale > 0 && a.scale <= 1e30f, op, ": scale is ", a.scale, ", expected a positive number");
   check(a.p > 0 && a.p <= 1, op, ": p is ", a.p, ", expected above 0 and up to 1");
-  check(a.fraction >= 0 && a.fraction <= 1, op, ": fraction is ", a.fraction, ", expected 0..1");
+  check(a.budget > 0 && a.budget <= 1, op, ": budget is ", a.budget, ", expected above 0 and up to 1");
   check(a.estimator == Estimator::fit || a.estimator == Estimator::moment, op, ": estimator is ", static_cast<int32_t>(a.estimator),
         ", expected 0 (fit) or 1 (moment)");
   const int64_t need = select_scratch_bytes(backend, n_entry, h_q, h_kv, a.page_table.shape[1], n_slot);

@@ -5,7 +5,10 @@
 namespace prt::cuda::selecting {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32, kMaxBlocks = 8;
-constexpr int kBins = 2048, kList = 512, kParts = 512;
+constexpr int kBins = 2048, kParts = 512;
+// The front of the ranking is sorted: the clusters of so many threads and, as far as kList goes, their others. Two to five times what is
+// counted is enough for nearly all heads.
+constexpr int kSorted = 192, kList = 1024;
 
 struct alignas(16) ChooseShared {
   union alignas(16) {
@@ -14,18 +17,23 @@ struct alignas(16) ChooseShared {
   };
   alignas(16) int top[kWarps];
   int first[kExact + 2], rows[kExact + 2];
-  uint64_t order[kExact + 1];         // the first clusters of the ranking, those that are counted, and the one behind them
-  float2 mass[kParts];                // of the parts that these were dealt out as: (top, total)
+  float2 mass[kParts];  // of the parts that these were dealt out as: (top, total)
   float estimates[kMaxBlocks * kWarps];  // sums of the estimates behind them
-  float2 open;                        // of a query head: mass of the rows outside the index
-  uint64_t list[kList];
-  uint32_t weight[kList];
+  float2 open;  // of a query head: mass of the rows outside the index
+  uint64_t order[kList];  // the front of the ranking; kAll behind it, up to the one behind those that are counted
+  uint64_t list[kList];  // some of the clusters, in no order
+  union {
+    uint64_t binned[kList];
+    uint32_t weight[kList];
+  };
   uint64_t scan[kWarps], found[2];
   int2 sums[kWarps];
   float sum[32];
-  int n_list, n_taken;  // n_taken: of the counted clusters
-  float share, want;    // want: what is missing behind the counted ones, in rows or as a share of all that is there
-  float weighs;         // log2 of what the clusters behind are worth, against what is taken without them
+  int n_list, n_order, n_taken;  // n_order: in `order`. n_taken: of them
+  float share, want;  // want: what is missing behind the counted ones, as a share of all that is there
+  int want_rows;  // how many they may be
+  float rest;  // sum of the estimates behind, in units of the first one per row
+  float weighs;  // log2 of what the clusters behind are worth, against what is taken without them
 };
 
 // -> the sum over the threads before this one, and over all
@@ -71,10 +79,10 @@ struct Chooser {
             lane = tid % 32;
   const Entry e;
   ChooseShared& s;
-  uint32_t* chosen;      // bitmap of the union; the first block's counts
+  uint32_t* chosen;  // bitmap of the union; the first block's counts
   const int32_t* pages;  // of the entry
   const int32_t* begin;  // first rows of the clusters; one more ends the last
-  const int32_t* keys;   // of a query head's clusters; behind the last kEmpty
+  const int32_t* keys;  // of a query head's clusters; behind the last kEmpty
 
   __device__ Chooser(const SelectArgs& args, uint4* shared) : a(args), e(args, blockIdx.z), s(*reinterpret_cast<ChooseShared*>(shared)) {
     chosen = reinterpret_cast<uint32_t*>(&s + 1);

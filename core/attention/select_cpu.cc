@@ -131,15 +131,15 @@ PRT_INLINE int64_t pop(const Query& x, int64_t n) {
   return first;
 }
 
-// The cut is at the share p of the mass, or at `fraction` of the clustered rows.
+// The cut is at the share p of the mass, or at the share `budget` of the clustered rows, whichever comes first.
 struct Cut {
   double p, n_row;
+  int64_t least;  // clusters, for the mass
   PRT_INLINE Cut of(const Query& x) {
-    return {static_cast<double>(x.a.p), static_cast<double>(x.a.fraction) * static_cast<double>(x.n_cluster / x.n_slot * kPageTokens)};
+    return {static_cast<double>(x.a.p), static_cast<double>(x.a.budget) * static_cast<double>(x.n_cluster / x.n_slot * kPageTokens),
+            least_clusters(x.a.p)};
   }
-  PRT_INLINE bool reached(const Cut& c, double mass, double all, double rows) {
-    return c.n_row > 0 ? rows >= c.n_row : c.p < 1 && mass >= c.p * all;
-  }
+  PRT_INLINE bool reached(const Cut& c, double mass, double all, double rows) { return rows >= c.n_row || (c.p < 1 && mass >= c.p * all); }
 };
 
 // Clusters in the order of their estimated mass per row. The first kExactClusters are counted exactly as they are taken, so a wrong
@@ -151,7 +151,7 @@ PRT_INLINE float choose_by_moment(const Query& x, const Mass& open, float top) {
   // In double: one cluster can be over-estimated by 17 nats and more, and what is left once it is taken must not be its rounding error.
   for (int64_t j = 0; j < x.n_cluster; ++j) rest += static_cast<double>(exp1(x.log_mass[j] - top));
   make_heap(x);
-  for (int64_t i = 0; i < x.n_cluster && !Cut::reached(cut, taken, taken + worth * rest, rows); ++i) {
+  for (int64_t i = 0; i < x.n_cluster && !Cut::reached(cut, i < cut.least ? -1 : taken, taken + worth * rest, rows); ++i) {
     const int64_t j = pop(x, x.n_cluster - i);
     const RowRange here = rows_of(x, j);
     if (here.n == 0) break;  // only empty ones are left

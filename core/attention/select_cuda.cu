@@ -112,9 +112,9 @@ void select(const CudaStream& stream, const Select& x) {
   a.sorted = x.scratch.as<uint64_t>(), a.open = reinterpret_cast<float2*>(a.sorted + n * a.room);
   a.keys = reinterpret_cast<int32_t*>(a.open + n * most_units(stream, h_kv)), a.sorted_mass = reinterpret_cast<float*>(a.keys + n * a.room);
   a.begin = reinterpret_cast<int32_t*>(a.sorted_mass + n * a.room);
-  a.scale = x.scale, a.p = x.p, a.fraction = x.fraction;
+  a.scale = x.scale, a.p = x.p, a.budget = x.budget, a.least = static_cast<int32_t>(least_clusters(x.p));
   a.log_odds = x.p < 1 ? static_cast<float>(std::log2(x.p / (1 - static_cast<double>(x.p)))) : INFINITY;
-  a.fit = x.estimator == Estimator::fit, a.searched = x.p < 1 || x.fraction > 0;
+  a.fit = x.estimator == Estimator::fit, a.searched = x.p < 1 || x.budget < 1;
   if (a.fit) a.variance = a.centroid;  // goes with a factor of 0
   const auto any = reinterpret_cast<uintptr_t>(x.k_pages.data) | reinterpret_cast<uintptr_t>(x.index.centroid.data) |
                    reinterpret_cast<uintptr_t>(x.index.variance.data);

@@ -44,12 +44,12 @@ struct SelectArgs {
   float* sorted_mass;  // [n_entry][h_q][room]
   int32_t* begin;      // [n_entry][h_kv][room + 16]: first rows of the clusters; one more ends the last
   int64_t q_stride, table_stride, closed_stride, ranges_stride, n_range_stride, tail_stride, tail_row, mass_stride, true_stride, max_range;
-  int32_t n_entry, h_kv, group, d, n_slot;
+  int32_t n_entry, h_kv, group, d, n_slot, least;  // least: clusters of a head, with p
   int32_t room;       // clusters that an entry may have, rounded up to a tile
   int32_t n_unit;     // warps of a kv head in the first launch
   int32_t n_table;    // pages, rounded up to 4
   uint32_t per_slot;  // 2^31 / n_slot, and 1
-  float scale, p, fraction;
+  float scale, p, budget;
   float log_odds;  // log2(p / (1 - p))
   int32_t log_share;   // blocks of a query head in the second launch
   bool fit, searched, in_shared;  // in_shared: page numbers, first rows and keys fit into a block's shared memory

@@ -119,8 +119,7 @@ struct Fit : Chooser<T, 0> {
     __syncthreads();
     double taken = outside + before;
     walk([&](int i, double at, int n) {
-      if (a.fraction > 0 ? at >= static_cast<double>(a.fraction) * rows : taken >= static_cast<double>(a.p) * total)
-        atomicMin(&s.n_taken, i);
+      if (at >= static_cast<double>(a.budget) * rows || (a.p < 1 && taken >= static_cast<double>(a.p) * total)) atomicMin(&s.n_taken, i);
       taken += mass_of(i, at, n);
     });
     const int n_taken = s.n_taken;

@@ -15,7 +15,7 @@ struct Moment : Chooser<T, D> {
   using Base = Chooser<T, D>;
   using Base::a, Base::begin, Base::e, Base::keys, Base::s, Base::tid, Base::warp, Base::lane;
   enum class Weight { one, rows, estimate };
-  static constexpr int kCoarse = 256, kFew = 16, kLogRows = 3;
+  static constexpr int kCoarse = 256, kFine = 512, kFew = 16, kLogRows = 3;
 
   __device__ Moment(const SelectArgs& args, uint4* shared) : Base(args, shared) {}
 
@@ -49,8 +49,8 @@ struct Moment : Chooser<T, D> {
   __device__ void rank_clusters(int head, bool first_head) {
     const int nearest = load(head, first_head), most = __reduce_max_sync(kWarp, nearest);
     if (lane == 0) s.top[warp] = most;
-    if (tid < kCoarse) s.histogram[tid] = 0;
-    if (tid == 0) s.n_list = 0;
+    for (int i = tid; i < kCoarse + kFine; i += kThreads) s.histogram[i] = 0;
+    if (tid == 0) s.n_order = 0;
     __syncthreads();
     int high = kEmpty;
 #pragma unroll
@@ -58,8 +58,8 @@ struct Moment : Chooser<T, D> {
       const int4 x = *reinterpret_cast<const int4*>(s.top + w);
       high = max(max(max(high, x.x), max(x.y, x.z)), x.w);
     }
-    // Bins of distances from the highest key, 16 to an octave. Where kExact + 1 threads have a cluster there are as many clusters, and
-    // seldom many more.
+    // Bins of distances from the highest key, 16 to an octave. Where more than kSorted threads have a cluster there are as many clusters,
+    // and up to four times as many.
     const auto bin_of = [&](int k) {
       const uint32_t far = min(static_cast<uint32_t>(high) - static_cast<uint32_t>(k), uint32_t{INT_MAX});
       return k == kEmpty ? kCoarse : min(static_cast<int>(__float_as_uint(static_cast<float>(far + 256)) >> 19) - (135 << 4), kCoarse - 1);
@@ -84,7 +84,7 @@ struct Moment : Chooser<T, D> {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       before += static_cast<int>(count[i]);
-      if (before > kExact) last = min(last, 8 * lane + i);
+      if (before > kSorted) last = min(last, 8 * lane + i);
     }
     last = __reduce_min_sync(kWarp, last);
     // The lowest key of that bin; the last one is open.
@@ -92,50 +92,84 @@ struct Moment : Chooser<T, D> {
     const int least = last == kCoarse - 1 || far > static_cast<uint32_t>(high) - static_cast<uint32_t>(kEmpty + 1)
                           ? kEmpty + 1
                           : high - static_cast<int>(far) + 1;
-    if (nearest >= least)
+    sort_from(least, high, nearest >= least);
+  }
+  // Sorts the clusters from the key `least` on by counting, in bins of equal width, and within a bin by who comes before.
+  __device__ void sort_from(int least, int high, bool has_some) {
+    uint32_t *bins = s.histogram + kCoarse, *ends = bins + kFine;
+    const float to_bin = static_cast<float>(kFine) / (static_cast<float>(static_cast<uint32_t>(high) - static_cast<uint32_t>(least)) + 1);
+    const auto bin_of = [&](int k) {
+      return min(static_cast<int>(static_cast<float>(static_cast<uint32_t>(high) - static_cast<uint32_t>(k)) * to_bin), kFine - 1);
+    };
+    if (has_some)
       each_key([&](int j, int k) {
         if (k < least) return;
-        const int at = atomicAdd(&s.n_list, 1);
+        const int at = atomicAdd(&s.n_order, 1);
         if (at < kList) s.list[at] = order_of(k, j);
+        atomicAdd(bins + bin_of(k), 1);
       });
     __syncthreads();
-    if (s.n_list > kList) list_exactly(*this, high);
-    const int n = s.n_list;
-    // The place of each: how many come before.
-    constexpr int kEach = 8;
-#pragma unroll 1
-    for (int from = warp; from < n; from += kEach * kWarps) {
-      uint64_t mine[kEach], x = 0;
-      uint32_t place[kEach] = {}, at = kExact + 1;
+    const int n = s.n_order;
+    if (n > kList) return sort_few(*this, high);
+    {
+      constexpr int kEach = kFine / 32;  // every warp sums up all bins, and writes its own
+      uint32_t in_bin[kEach], all = 0;
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) mine[i] = s.list[min(from + i * kWarps, n - 1)];
-#pragma unroll 1
-      for (int o = lane; o < n; o += 32) {
-        const uint64_t other = s.list[o];
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) place[i] += other < mine[i];
+      for (int i = 0; i < kEach; i += 4) {
+        const uint4 x = *reinterpret_cast<const uint4*>(bins + kEach * lane + i);
+        in_bin[i] = x.x, in_bin[i + 1] = x.y, in_bin[i + 2] = x.z, in_bin[i + 3] = x.w;
+        all += x.x + x.y + x.z + x.w;
       }
+      uint32_t begin = static_cast<uint32_t>(scan_warp(static_cast<int>(all))) - all;
+      if (lane / (32 / kWarps) == warp)
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const uint32_t p = __reduce_add_sync(kWarp, place[i]);
-        if (lane == i) at = p, x = mine[i];
-      }
-      if (at <= kExact) s.order[at] = x, s.first[at] = this->first(number_of(x)), s.rows[at] = this->rows(number_of(x));
+        for (int i = 0; i < kEach; ++i) {
+          ends[kEach * lane + i] = begin;
+          begin += in_bin[i];
+        }
     }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = tid; i < n; i += kThreads) s.binned[atomicAdd(ends + bin_of(key_of(s.list[i])), 1)] = s.list[i];
+    __syncthreads();
+#pragma unroll 1
+    for (int i = tid; i < n; i += kThreads) {
+      const uint64_t mine = s.binned[i];
+      const int bin = bin_of(key_of(mine)), end = static_cast<int>(ends[bin]);
+      int from = bin > 0 ? static_cast<int>(ends[bin - 1]) : 0, at = from;
+#pragma unroll 1
+      for (; from < end; ++from) at += s.binned[from] < mine;
+      place(at, mine);
+    }
+    end_order(n);
+  }
+  __device__ void place(int at, uint64_t cluster) const {
+    s.order[at] = cluster;
+    if (at <= kExact) s.first[at] = this->first(number_of(cluster)), s.rows[at] = this->rows(number_of(cluster));
+  }
+  __device__ void end_order(int n) const {
     if (tid >= n && tid <= kExact) s.order[tid] = kAll, s.first[tid] = s.rows[tid] = 0;
     __syncthreads();
   }
-  // Many have the same rank: those that are really the first, by a search.
-  __device__ static __noinline__ void list_exactly(Moment x, int high) {
+  // Many have the same rank: only kExact and the one behind, found by a search.
+  __device__ static __noinline__ void sort_few(Moment x, int high) {
     ChooseShared& s = x.s;
     __syncthreads();
     const uint64_t end = find_cut(x, order_of(high, 0), kExact + 1, Weight::one, 1);
-    if (x.tid == 0) s.n_list = 0;
+    if (x.tid == 0) s.n_order = 0;
     __syncthreads();
     x.each_key([&](int j, int k) {
-      if (k != kEmpty && order_of(k, j) < end) s.list[atomicAdd(&s.n_list, 1)] = order_of(k, j);
+      if (k != kEmpty && order_of(k, j) < end) s.list[atomicAdd(&s.n_order, 1)] = order_of(k, j);
     });
     __syncthreads();
+    const int n = s.n_order;
+    if (x.tid < n) {
+      const uint64_t mine = s.list[x.tid];
+      int at = 0;
+      for (int o = 0; o < n; ++o) at += s.list[o] < mine;
+      x.place(at, mine);
+    }
+    x.end_order(n);
   }
 
   // ---- how the rows of the first clusters are dealt out, as every warp finds by itself: in parts of 8, or of twice as many until
@@ -275,9 +309,10 @@ struct Moment : Chooser<T, D> {
     const float against[2] = {odds(left + behind_all, outside + before),
                               odds(estimate[1] + after + behind_all, outside + before + mass[0])};
     const auto enough = [&](int i) {
-      if (2 * lane + i > min(m, upto) || 2 * lane + i == kExact) return false;
-      if (a.fraction > 0) return (i == 0 ? before_rows : before_rows + d.rows[0]) >= want_rows || 2 * lane + i == m;
-      return -against[i] >= a.log_odds;
+      const int at = 2 * lane + i;
+      if (at > min(m, upto) || at == kExact) return false;
+      return (a.p < 1 ? -against[i] >= a.log_odds && at >= a.least : at == m) ||
+             (i == 0 ? before_rows : before_rows + d.rows[0]) >= want_rows || at == m;
     };
     const uint32_t stop0 = __ballot_sync(kWarp, enough(0)), stop1 = __ballot_sync(kWarp, enough(1));
     const int n =
@@ -286,19 +321,45 @@ struct Moment : Chooser<T, D> {
       if (lane == n / 2) s.n_taken = n, s.want = 0, s.share = 1 / (1 + pow2(n % 2 ? against[1] : against[0]));
       return;
     }
-    if (lane != 0) return;
     if (upto < m) {
-      s.n_taken = -1;
+      if (lane == 0) s.n_taken = -1;
       return;
     }
     // All are taken; what comes behind is worth what these were, compared with their estimates.
-    s.n_taken = kExact;
     const float worth = top + __log2f(counted) - most - __log2f(estimated);
-    s.weighs = behind_all > 0 ? odds(behind_all, outside + counted) + worth : kNegInf;
-    s.share = 1 / (1 + pow2(s.weighs));
-    s.want = a.fraction > 0            ? fmaxf(static_cast<float>(want_rows - n_rows), 0)
-             : -s.weighs >= a.log_odds ? 0
-                                       : a.p - (1 - a.p) * pow2(-s.weighs);
+    const float weighs = behind_all > 0 ? odds(behind_all, outside + counted) + worth : kNegInf;
+    const float want = a.p == 1 ? 1 : -weighs >= a.log_odds ? 0 : a.p - (1 - a.p) * pow2(-weighs);
+    if (lane != 0) return;
+    s.n_taken = kExact, s.weighs = weighs, s.share = share_of(weighs, 0), s.rest = rest;
+    s.want = want, s.want_rows = want_rows - n_rows;
+  }
+  // The share of the mass, with `more` of what is behind the counted clusters.
+  __device__ static float share_of(float weighs, float more) {
+    return weighs < 0 ? (1 + pow2(weighs) * more) / (1 + pow2(weighs)) : (pow2(-weighs) + more) / (pow2(-weighs) + 1);
+  }
+  // Behind the counted clusters, among those that are sorted: by one warp. What they are not enough for stays in s.want.
+  __device__ void go_on() const {
+    const int key = key_of(s.order[kExact]);
+    const uint32_t want = static_cast<uint32_t>(ceilf(s.want * 0x1p31f));  // mass: in 2^-31 of the rest
+    const float unit = 0x1p31f / s.rest;
+    uint32_t mass = 0;
+    int rows = 0;
+#pragma unroll 1
+    for (int i = kExact + lane; i - lane < s.n_order; i += 32) {
+      const bool there = i < s.n_order;
+      const uint64_t cluster = s.order[min(i, s.n_order - 1)];
+      const int n = there ? this->rows(number_of(cluster)) : 0;
+      const uint32_t m = there ? __float2uint_rn(estimate(key, key_of(cluster), n) * unit) : 0;
+      const uint32_t upto = mass + static_cast<uint32_t>(scan_warp(static_cast<int>(m)));
+      const int upto_rows = rows + scan_warp(n);
+      const uint32_t stop = __ballot_sync(kWarp, there && ((a.p < 1 && upto >= want) || upto_rows >= s.want_rows));
+      const int last = stop ? __ffs(static_cast<int>(stop)) - 1 : 31;
+      mass = __shfl_sync(kWarp, upto, last), rows = __shfl_sync(kWarp, upto_rows, last);
+      if (!stop) continue;
+      __syncwarp();
+      if (lane == 0) s.n_taken = i + last + 1, s.want = 0, s.share = share_of(s.weighs, fminf(static_cast<float>(mass) * 0x1p-31f, 1));
+      return;
+    }
   }
 
   // ---- the shortest stretch of the ranking from `from` on whose weights reach `want`: -> its end, or kAll
@@ -348,7 +409,7 @@ struct Moment : Chooser<T, D> {
       });
       __syncthreads();
       const int n = s.n_list;
-      if (n > kList) {
+      if (n > kList / 2) {  // all are compared with all
         __syncthreads();
         continue;
       }
@@ -372,19 +433,27 @@ struct Moment : Chooser<T, D> {
     ChooseShared& s = x.s;
     const uint64_t from = s.order[kExact];
     const float want = s.want, weighs = s.weighs;
+    const int want_rows = s.want_rows;
     float rest = 0, sum = 0;
     for (int i = 0; i < n_block * kWarps; ++i) rest += s.estimates[i];
-    // Weights are rows, or shares of the rest in 2^-31.
-    const uint64_t end = a.fraction > 0 ? find_cut(x, from, static_cast<uint64_t>(want), Weight::rows, 1)
-                                        : find_cut(x, from, static_cast<uint64_t>(ceilf(want * 0x1p31f)), Weight::estimate, 0x1p31f / rest);
+    // Weights are shares of the rest in 2^-31, or rows.
+    uint64_t end = kAll;
+    bool too_many = true;
+    if (a.p < 1) {
+      end = find_cut(x, from, static_cast<uint64_t>(ceilf(want * 0x1p31f)), Weight::estimate, 0x1p31f / rest);
+      int rows = 0;
+      x.each_key([&](int j, int k) { rows += k != kEmpty && order_of(k, j) >= from && order_of(k, j) < end ? x.rows(j) : 0; });
+      too_many = block_sum(static_cast<float>(rows), s.sum) > static_cast<float>(want_rows);  // exact: below 2^24
+      __syncthreads();
+    }
+    if (too_many && a.budget < 1) end = find_cut(x, from, static_cast<uint64_t>(want_rows), Weight::rows, 1);
     uint32_t* to = in_block(x.chosen, 0);
     x.each_key([&](int j, int k) {
       if (k == kEmpty || order_of(k, j) >= end) return;
       if (order_of(k, j) >= from) sum += estimate(key_of(from), k, x.rows(j));
       atomicOr(to + j / 32, 1u << j % 32);
     });
-    const float more = fminf(block_sum(sum, s.sum) / rest, 1);
-    return weighs < 0 ? (1 + pow2(weighs) * more) / (1 + pow2(weighs)) : (pow2(-weighs) + more) / (pow2(-weighs) + 1);
+    return share_of(weighs, fminf(block_sum(sum, s.sum) / rest, 1));
   }
 
   // One query head, with `n_block` blocks of which this is `block`; the first one decides.
@@ -397,15 +466,13 @@ struct Moment : Chooser<T, D> {
     }
     rank_clusters(head, head < this->blocks);
     const Deal d = deal();
-    int want_rows = 0, upto = d.n_exact, from = 0;
-    if (a.fraction > 0) {  // no more than are wanted
-      want_rows = static_cast<int>(ceil(static_cast<double>(a.fraction) * (e.end_page - e.first_page) * kPage));
-      const int before = scan_warp(d.rows[0] + d.rows[1]) - d.rows[0] - d.rows[1];
-      upto = __popc(__ballot_sync(kWarp, d.rows[0] > 0 && before < want_rows)) +
-             __popc(__ballot_sync(kWarp, d.rows[1] > 0 && before + d.rows[0] < want_rows));
-    } else if (n_block == 1) {
-      upto = min(upto, kFew);  // most heads are content with few: the others come if need be
-    }
+    // No more than are wanted.
+    const int want_rows = static_cast<int>(ceil(static_cast<double>(a.budget) * (e.end_page - e.first_page) * kPage));
+    const int before = scan_warp(d.rows[0] + d.rows[1]) - d.rows[0] - d.rows[1];
+    const int most = __popc(__ballot_sync(kWarp, d.rows[0] > 0 && before < want_rows)) +
+                     __popc(__ballot_sync(kWarp, d.rows[1] > 0 && before + d.rows[0] < want_rows));
+    int from = 0, upto = most;
+    if (a.p < 1 && n_block == 1) upto = min(upto, kFew);  // most heads are content with few: the others come if need be
 #pragma unroll 1
     for (;;) {
       const int end = parts_before(d, upto);
@@ -413,14 +480,18 @@ struct Moment : Chooser<T, D> {
       if (n_block > 1) cluster_arrive_block(), cluster_wait_block();
       else __syncthreads();
       if (block > 0) return;
-      if (warp == 0) decide(d, upto, n_block, want_rows);
+      if (warp == 0) {
+        decide(d, upto, n_block, want_rows);
+        __syncwarp();
+        if (s.n_taken == kExact && s.want > 0 && s.want_rows > 0) go_on();
+      }
       __syncthreads();
       if (s.n_taken >= 0) break;
-      from = end, upto = d.n_exact;
+      from = end, upto = most;
     }
     float share = s.share;
-    if (s.want > 0) share = extend(*this, n_block);
-    if (tid < s.n_taken) this->mark(number_of(s.order[tid]));
+    if (s.want > 0 && s.want_rows > 0) share = extend(*this, n_block);
+    for (int i = tid; i < s.n_taken; i += kThreads) this->mark(number_of(s.order[i]));
     if (tid == 0) this->put_share(head, share);
   }
 };

@@ -50,8 +50,8 @@ enum class Estimator : int32_t {
 };
 
 // Which rows each kv head attends to. Rows outside the closed segments (sinks, recent window) are always taken, and their exact mass
-// counts. Per query head the smallest prefix of clusters, by estimated mass per row, that reaches the share `p` of the mass; the kv head
-// takes the union of its group.
+// counts. Per query head the smallest prefix of clusters, by estimated mass per row, that reaches the share `p` of the mass, or before that
+// the share `budget` of the clustered rows; the kv head takes the union of its group.
 //
 // `moment`: the first kExactClusters of the ranking are counted exactly, one after the other, each against what is then estimated to be
 // left; a head that has not reached p by then goes on by the estimates, scaled by what the exactly counted ones turned out to be worth.
@@ -69,8 +69,8 @@ struct Select {
   Tensor kv_len;  // [n_entry] i32
   Tensor closed;  // [n_entry][2] i32: first and end of the pages (of the page table) that closed segments fill
   ClusterIndex index;  // without `order` and `value`
-  float scale, p;
-  float fraction;  // 0; for benchmarks: the cut is where this share of the clustered rows is taken, whatever their mass
+  float scale;
+  float p, budget;  // 1: no limit
   Estimator estimator;
   Tensor scratch;  // [select_scratch_bytes() / 4] f32
   Tensor state{};  // [n_entry] i32, or missing: ranges, n_range and tail are [n_state], and entry e has row state[e]; -1: it is left alone
@@ -80,6 +80,9 @@ void select(const Backend&, const Select&);
 int64_t select_scratch_bytes(const Backend&, int64_t n_entry, int64_t h_q, int64_t h_kv, int64_t max_pages, int64_t n_slot);
 inline int64_t select_max_range(int64_t max_pages, int64_t n_slot) { return max_pages * n_slot + 2; }
 constexpr int64_t kExactClusters = 64;
+// So many clusters a head takes even if sinks and window alone hold the share p, with `moment`: those keys often stand for nothing at all,
+// and what the head says then comes from the rest. docs/adr/0013 has the table.
+inline int64_t least_clusters(float p) { return p > 0.75f ? 4 : p > 0.5f ? 3 : p > 0.25f ? 2 : 1; }
 // The mass of a cluster of n rows whose scores have the mean m and the variance 2 w, with `moment`: n exp(m + w) while w <= log n, the mean
 // of a lognormal, and exp(m + 2 sqrt(w log n)) above it, the largest of n: so wide a distribution has its mean from values that n rows do
 // not reach (Derrida's random energy model). On real keys w goes up to 20, log n is 3. The mass in `tail`: with kTailSpread of what the

@@ -7,6 +7,14 @@
 namespace prt {
 
 namespace {
+// Of the clustered rows, the most that a query head takes. A head that wants more attends almost evenly, and there the mean values of the
+// rest serve as well as its rows: docs/adr/0013 has the table. Who asks for more than 0.9 of the mass means it: with p, the limit goes
+// to 1.
+float budget_of(const prt_attention& c) {
+  if (c.p == 1) return 1;
+  return c.budget > 0 ? c.budget : std::min(1.0f, 0.018f / std::min(1 - c.p, 0.1f));
+}
+
 int64_t pages_of_segment(const prt_attention& c) { return c.segment == 0 ? kMaxSegmentPages : c.segment / kPageTokens; }
 int64_t slots_of(const prt_attention& c) { return kPageTokens / c.cluster; }
 }  // namespace
@@ -253,8 +261,8 @@ void Tactic::choose(int64_t layer, const Attention& a, const PolicyRows& rows, c
                     .closed = rows.closed,
                     .index = at_.index[static_cast<size_t>(layer)],
                     .scale = a.scale,
-                    .p = config_.p,
-                    .fraction = config_.selected,
+                    .p = config_.selected > 0 ? 1 : config_.p,
+                    .budget = config_.selected > 0 ? config_.selected : budget_of(config_),
                     .estimator = static_cast<Estimator>(config_.estimator),
                     .scratch = at_.select_scratch,
                     .state = anew,

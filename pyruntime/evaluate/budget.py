@@ -29,7 +29,7 @@ def at_density(policy: Attention, target: float, *, n_context: int, n_decode: in
         return policy
     if policy.policy == "streaming":
         return Attention(policy.policy, {**given, "window": COMMON["window"] + round(target * n_context)})
-    if policy.policy in BY_MASS and "k" not in given and "budget" not in given:
+    if policy.policy in BY_MASS and (policy.policy != "oracle" or not given.keys() & {"k", "budget"}):
         return _search(Attention(policy.policy, given), target, measure)
     given = {name: value for name, value in given.items() if name != "k"}
     if policy.policy == "recycled":
