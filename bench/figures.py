@@ -79,7 +79,7 @@ def gpu_more() -> list[str]:
 def policies() -> list[str]:
     rows = load("ablation")["rows"]
     lines = ["| `attention=` | density | read | KL | top token as dense | true mass |", "|---|---|---|---|---|---|"]
-    for name in ("default", "P 0.75", "P 0.5", "as published, with sinks and window: all at once, `fit`, no tail"):
+    for name in ("default", "P 0.75", "P 0.5", "as published, with sinks and window: all at once, `fit`, no tail, no limit"):
         r = by_name(rows, name, "changed")
         shares = [f"{100 * r[key]:.1f} %" for key in ("density", "read")]
         lines.append(
@@ -148,7 +148,7 @@ def fidelity() -> Result:
         "clusters of 8": ["clusters of 8", "clusters of 8, P 0.75"],
         "clusters of 32": ["clusters of 32", "clusters of 32, P 0.75"],
         "clustered all at once": ["clustered all at once", "clustered all at once, P 0.75"],
-        "as published": ["as published, with sinks and window: all at once, `fit`, no tail"],
+        "as published": ["as published, with sinks and window: all at once, `fit`, no tail, no limit"],
     }
     report = load("ablation")
     found = {label: [by_name(report["rows"], name, "changed") for name in names] for label, names in groups.items()}
