@@ -69,6 +69,8 @@ def test_every_policy_at_one_density(folder: Path) -> None:
             assert row["density"] == pytest.approx(row["wanted_density"], rel=0.1 if name != "quest" else 0.3)
     recycled = rows[2]
     assert "stride=50" in recycled["attention"] and "full_steps" in recycled and recycled["full_steps"] == 0
+    limited = at_density(parse_list("tactic:budget=0.5")[0], 0.1, n_context=100, n_decode=10, measure=lambda p: float(p.options["p"]) / 5)
+    assert float(limited.options["budget"]) == 0.5 and float(limited.options["p"]) == pytest.approx(0.5, abs=0.05)  # a limit is no target
     with pytest.raises(InvalidArgumentError, match=r"density is 1\.5"):
         at_density(policies[0], 1.5, n_context=100, n_decode=10, measure=lambda p: 0.0)
 

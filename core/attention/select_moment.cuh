@@ -59,7 +59,7 @@ struct Moment : Chooser<T, D> {
       high = max(max(max(high, x.x), max(x.y, x.z)), x.w);
     }
     // Bins of distances from the highest key, 16 to an octave. Where more than kSorted threads have a cluster there are as many clusters,
-    // and up to four times as many.
+    // or more.
     const auto bin_of = [&](int k) {
       const uint32_t far = min(static_cast<uint32_t>(high) - static_cast<uint32_t>(k), uint32_t{INT_MAX});
       return k == kEmpty ? kCoarse : min(static_cast<int>(__float_as_uint(static_cast<float>(far + 256)) >> 19) - (135 << 4), kCoarse - 1);
@@ -311,8 +311,8 @@ struct Moment : Chooser<T, D> {
     const auto enough = [&](int i) {
       const int at = 2 * lane + i;
       if (at > min(m, upto) || at == kExact) return false;
-      return (a.p < 1 ? -against[i] >= a.log_odds && at >= a.least : at == m) ||
-             (i == 0 ? before_rows : before_rows + d.rows[0]) >= want_rows || at == m;
+      return (a.p < 1 && at >= a.least && -against[i] >= a.log_odds) || (i == 0 ? before_rows : before_rows + d.rows[0]) >= want_rows ||
+             at == m;
     };
     const uint32_t stop0 = __ballot_sync(kWarp, enough(0)), stop1 = __ballot_sync(kWarp, enough(1));
     const int n =
@@ -428,14 +428,13 @@ struct Moment : Chooser<T, D> {
     }
   }
   // Goes on behind the counted clusters, by estimates: marks the rest of the choice. -> the share that is reached
-  __device__ static __noinline__ float extend(Moment x, int n_block) {
+  __device__ static __noinline__ float extend(Moment x) {
     const SelectArgs& a = x.a;
     ChooseShared& s = x.s;
     const uint64_t from = s.order[kExact];
-    const float want = s.want, weighs = s.weighs;
+    const float want = s.want, weighs = s.weighs, rest = s.rest;
     const int want_rows = s.want_rows;
-    float rest = 0, sum = 0;
-    for (int i = 0; i < n_block * kWarps; ++i) rest += s.estimates[i];
+    float sum = 0;
     // Weights are shares of the rest in 2^-31, or rows.
     uint64_t end = kAll;
     bool too_many = true;
@@ -490,7 +489,7 @@ struct Moment : Chooser<T, D> {
       from = end, upto = most;
     }
     float share = s.share;
-    if (s.want > 0 && s.want_rows > 0) share = extend(*this, n_block);
+    if (s.want > 0 && s.want_rows > 0) share = extend(*this);
     for (int i = tid; i < s.n_taken; i += kThreads) this->mark(number_of(s.order[i]));
     if (tid == 0) this->put_share(head, share);
   }

@@ -82,7 +82,7 @@ inline int64_t select_max_range(int64_t max_pages, int64_t n_slot) { return max_
 constexpr int64_t kExactClusters = 64;
 // So many clusters a head takes even if sinks and window alone hold the share p, with `moment`: those keys often stand for nothing at all,
 // and what the head says then comes from the rest. docs/adr/0013 has the table.
-inline int64_t least_clusters(float p) { return p > 0.75f ? 4 : p > 0.5f ? 3 : p > 0.25f ? 2 : 1; }
+static inline int64_t least_clusters(float p) { return static_cast<int64_t>(__builtin_ceilf(4 * p)); }
 // The mass of a cluster of n rows whose scores have the mean m and the variance 2 w, with `moment`: n exp(m + w) while w <= log n, the mean
 // of a lognormal, and exp(m + 2 sqrt(w log n)) above it, the largest of n: so wide a distribution has its mean from values that n rows do
 // not reach (Derrida's random energy model). On real keys w goes up to 20, log n is 3. The mass in `tail`: with kTailSpread of what the
