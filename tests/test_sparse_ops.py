@@ -15,7 +15,7 @@ from pyruntime.errors import InvalidArgumentError
 PAGE = 64
 FIT, MOMENT = 0, 1
 U16 = 4  # prt_dtype
-EXACT_CLUSTERS, TAIL_SPREAD = 64, 0.5  # kExactClusters, kTailSpread
+EXACT_CLUSTERS, FEW_CLUSTERS, TAIL_SPREAD = 64, 16, 0.5  # kExactClusters, kFewClusters, kTailSpread
 F8_ROUNDOFF, F8_TINY = 2.0**-4, 2.0**-10  # 4 bits of precision; half the smallest subnormal
 COUNTERS = ("n_step", "n_context", "n_selected", "n_exact", "n_mass", "mass", "n_true", "true_mass", "n_reached")
 BINS, LATER = 100, 4  # of the histogram; counters after it, which only other policies use
@@ -270,17 +270,29 @@ def wanted_choice(s: Step, e: int, head: int, p: float, estimator: int, budget: 
     taken = y[:begin].sum() + y[end:].sum()
     chosen: set[int] = set()
     if estimator == MOMENT:
-        mass = np.exp(log_mass)
-        rest, worth, rows, got, least = mass.sum(), 1.0, n.sum(), 0, math.ceil(4 * p)
-        for i, j in enumerate(np.argsort(np.where(n > 0, -mean - spread, np.inf), kind="stable")):
-            if n[j] == 0 or got >= budget * rows or (i >= least and p < 1 and taken >= p * (taken + worth * rest)):
+        mass, least, rows, p = np.exp(log_mass), math.ceil(4 * p), n.sum(), p / (p + 0.9 * (1 - p))
+        order = [int(j) for j in np.argsort(np.where(n > 0, -mean - spread, np.inf), kind="stable") if n[j]]
+        for stage in (FEW_CLUSTERS, EXACT_CLUSTERS):
+            counted, behind = order[:stage], order[stage:]
+            worth = exact[counted].sum() / mass[counted].sum() if len(counted) == EXACT_CLUSTERS else 1
+            total = taken + exact[counted].sum() + worth * mass[behind].sum()
+            best = sorted(counted, key=lambda j: (-exact[j] / n[j], j))
+            got = [0, *np.cumsum(n[best])]
+            share = (taken + np.concatenate([[0], np.cumsum(exact[best])])) / total if total else np.ones(1)
+            ends = [i for i in range(len(best) + 1) if got[i] >= budget * rows or (i >= least and p < 1 and share[i] >= p)]
+            if ends or not behind:
+                end = ends[0] if ends else len(best)
+                unchosen[counted] = np.log(exact[counted])
+                return set(best[:end]), share[end], unchosen
+        chosen, got, rest = set(counted), n[counted].sum(), mass[behind].sum()
+        taken += exact[counted].sum()
+        for j in behind:
+            if got >= budget * rows or (p < 1 and taken >= p * (taken + worth * rest)):
                 break
             rest -= mass[j]
             got += n[j]
-            taken += exact[j] if i < EXACT_CLUSTERS else worth * mass[j]
-            chosen.add(int(j))
-            if i + 1 == EXACT_CLUSTERS:
-                worth = exact[list(chosen)].sum() / mass[list(chosen)].sum()
+            taken += worth * mass[j]
+            chosen.add(j)
         return chosen, taken / (taken + worth * rest), unchosen
     order = [j for j in np.argsort(-mean, kind="stable") if n[j]]
     starts, rows = np.cumsum([0, *n[order]]), n.sum()
@@ -357,23 +369,26 @@ def test_select_among_many(on: str, query: float, p: float, budget: float) -> No
 
 @WITH_D
 def test_wide_clusters_are_worth_their_largest_row(on: str, d: int) -> None:
-    """Queries four times as long: half the variance of a cluster's scores is mostly more than the logarithm of its rows."""
-    s = Step("f32" if d == 24 else "bf16", d=d, on=on)
+    """Queries four times as long: half the variance of a cluster's scores is mostly more than the logarithm of its rows. In the tail of
+    clusters that are surely behind those that are counted."""
+    s = Step("f32" if d == 24 else "bf16", d=d, on=on, n_slot=16)
     s.q = store(4 * value(s.q), {"uint16": "bf16", "float16": "f16", "float32": "f32"}[s.q.dtype.name])
     s.select(0.5, MOMENT, on=on)
     n_wide = 0
     for e in range(len(LENGTHS)):
         for h in range(s.h_q):
-            clusters, q = s.clusters(e, h // 3), value(s.q)[e].reshape(s.h_q, -1)[h]
-            for j, (_, n, page, slot) in enumerate(clusters):
-                if s.tail[e, h, j] == -np.inf:
-                    continue
-                mean = value(s.c.centroid[page, h // 3, slot]) @ q * s.scale
-                w = value(s.c.variance[page, h // 3, slot]) @ q**2 * s.scale**2 / 2
-                gain = w if w <= math.log(n) else 2 * math.sqrt(w * math.log(n)) - math.log(n)
-                n_wide += w > math.log(n)
-                # A GPU squares in f16: 2^-11 of w
-                assert abs(s.tail[e, h, j] - (math.log(n) + mean + TAIL_SPREAD * gain)) < (2**-10 if on == GPU else 2**-18) * (w + 10)
+            q, want = value(s.q)[e].reshape(s.h_q, -1)[h], []
+            for j, (_, n, page, slot) in enumerate(s.clusters(e, h // 3)):
+                if n:
+                    mean = value(s.c.centroid[page, h // 3, slot]) @ q * s.scale
+                    w = value(s.c.variance[page, h // 3, slot]) @ q**2 * s.scale**2 / 2
+                    gain = w if w <= math.log(n) else 2 * math.sqrt(w * math.log(n)) - math.log(n)
+                    want.append((mean + gain, j, w, w > math.log(n), math.log(n) + mean + TAIL_SPREAD * gain))
+            for _, j, w, wide, mass in sorted(want)[: -EXACT_CLUSTERS - 4]:
+                if s.tail[e, h, j] > -np.inf:
+                    n_wide += wide
+                    # A GPU squares in f16: 2^-11 of w
+                    assert abs(s.tail[e, h, j] - mass) < (2**-10 if on == GPU else 2**-18) * (w + 10)
     assert n_wide > 50
 
 
@@ -447,19 +462,21 @@ def test_f8_is_rounded_to_nearest_even_and_saturated(on: str) -> None:
 @EVERYWHERE
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 def test_every_f8_number_is_read_exactly(on: str, dtype: str) -> None:
-    c = Cache(1, 1, 128, 2, dtype)
+    """In the tail of the last two of 18 clusters: the 16 in front of them are counted."""
+    c = Cache(9, 1, 128, 2, dtype)
     c.range[:] = [[0, 32], [32, 32]]
     c.k[:] = 0
     c.variance[:] = 0
-    c.centroid[0, 0] = np.arange(256).reshape(2, 128)
-    c.centroid[0, 0, :, 127] = 0  # NaN
     q = store(np.random.default_rng(0).choice([-1.0, 1.0], (1, 128)).astype(np.float32), activation(dtype, on))
-    tail = np.full((1, 1, 2), np.nan, np.float32)
-    spare = [np.zeros((1, 1, 4, 2), np.int32), np.zeros((1, 1), np.int32), tail, np.zeros((1, 1), np.float32), None, None]
-    where = [np.zeros((1, 1), np.int32), np.array([64], np.int32), np.array([[0, 1]], np.int32)]
+    c.centroid[:] = np.where(value(q[0]) > 0, 0x48, 0xC8)  # 4 in the direction of q: more than those sum up to
+    c.centroid[8, 0] = np.arange(256).reshape(2, 128)
+    c.centroid[8, 0, :, 127] = 0  # NaN
+    tail = np.full((1, 1, 18), np.nan, np.float32)
+    spare = [np.zeros((1, 1, 20, 2), np.int32), np.zeros((1, 1), np.int32), tail, np.zeros((1, 1), np.float32), None, None]
+    where = [np.arange(9, dtype=np.int32)[None], np.array([576], np.int32), np.array([[0, 9]], np.int32)]
     scale = 2.0**-7
     run("select", [*spare, q, c.k, *where, c.centroid, c.variance, c.range], [scale, 1e-30, 1, MOMENT], on=on)
-    want = value(c.centroid[0, 0]) @ value(q[0]) * scale + np.log(32)
+    want = np.append(np.full(16, np.log(32)), value(c.centroid[8, 0]) @ value(q[0]) * scale + np.log(32))
     got = value(tail[0, 0])
     assert np.isneginf(got).sum() == 1 and np.abs(got - want)[np.isfinite(got)].max() < 1e-5
 

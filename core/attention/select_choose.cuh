@@ -10,14 +10,27 @@ constexpr int kBins = 2048, kParts = 512;
 // counted, heads that choose 2 % of 128K tokens need no search (docs/kernels/select.md).
 constexpr int kSorted = 192, kList = 1024;
 
+struct Counted {
+  float log_mass;  // log2, exact
+  int rows, cluster;
+};
+struct Decision {
+  int n_taken;  // of the counted clusters, or of the ranking if it goes on behind them; -1: more have to be counted
+  float share, want;  // want: what is missing behind the counted ones, as a share of all that is there
+  float weighs;  // log2 of what the clusters behind are worth, against what is taken without them
+  int want_rows;  // how many they may be
+};
+
 struct alignas(16) ChooseShared {
-  union alignas(16) {
-    uint32_t histogram[kBins];
-    int chosen[kBins];
-  };
+  alignas(16) uint32_t histogram[kBins];
   alignas(16) int top[kWarps];
   int first[kExact + 2], rows[kExact + 2];
-  float2 mass[kParts];  // of the parts that these were dealt out as: (top, total)
+  int first_part[kExact + 1];  // these are dealt out in parts: first row, rows; mass (top, total)
+  alignas(16) int2 parts[kParts];
+  float2 mass[kParts];
+  alignas(16) float value[kExact];  // log2 of the mass per row of those that are counted
+  Counted counted[2][kExact];  // the first kFewClusters, and all, by value
+  Decision decision[2];  // with these
   float estimates[kMaxBlocks * kWarps];  // sums of the estimates behind them
   float2 open;  // of a query head: mass of the rows outside the index
   uint64_t order[kList];  // the front of the ranking; kAll behind it, up to the one behind those that are counted
@@ -29,11 +42,8 @@ struct alignas(16) ChooseShared {
   uint64_t scan[kWarps], found[2];
   int2 sums[kWarps];
   float sum[32];
-  int n_list, n_order, n_taken;  // n_order: in `order`. n_taken: of them
-  float share, want;  // want: what is missing behind the counted ones, as a share of all that is there
-  int want_rows;  // how many they may be
-  float rest;  // sum of the estimates behind, in units of the first one per row
-  float weighs;  // log2 of what the clusters behind are worth, against what is taken without them
+  int n_list, n_order, n_taken;  // n_order: in `order`. n_taken: of them, with `fit`
+  float rest;  // sum of the estimates behind the counted ones, in units of the first one per row
 };
 
 // -> the sum over the threads before this one, and over all

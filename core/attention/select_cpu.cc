@@ -136,41 +136,81 @@ struct Cut {
   double p, n_row;
   int64_t least;  // clusters, for the mass
   PRT_INLINE Cut of(const Query& x) {
-    return {static_cast<double>(x.a.p), static_cast<double>(x.a.budget) * static_cast<double>(x.n_cluster / x.n_slot * kPageTokens),
+    const float p = x.a.estimator == Estimator::moment ? aimed_share(x.a.p) : x.a.p;
+    return {static_cast<double>(p), static_cast<double>(x.a.budget) * static_cast<double>(x.n_cluster / x.n_slot * kPageTokens),
             least_clusters(x.a.p)};
   }
   PRT_INLINE bool reached(const Cut& c, double mass, double all, double rows) { return rows >= c.n_row || (c.p < 1 && mass >= c.p * all); }
 };
 
-// Clusters in the order of their estimated mass per row. The first kExactClusters are counted exactly as they are taken, so a wrong
-// estimate is corrected on the way; what these turn out to be worth corrects the estimates of the others.
+// A cluster whose mass has been computed.
+struct Counted {
+  int64_t cluster;
+  double n, mass, estimate;
+};
+PRT_INLINE bool worth_more(const Counted& a, const Counted& b) {  // per row; no two are equal in place, so that the order is one
+  return a.mass * b.n > b.mass * a.n || (a.mass * b.n == b.mass * a.n && a.cluster < b.cluster);
+}
+
+// The clusters with the highest estimates per row are counted, kFewClusters of them and, if these are not enough, kExactClusters; what they
+// are then worth decides which of them are taken, the others' estimates what there is besides. What the counted ones turn out to be worth
+// corrects the estimates of the others, where a head takes all that are counted and goes on by estimates.
 template <class W>
 PRT_INLINE float choose_by_moment(const Query& x, const Mass& open, float top) {
   const Cut cut = Cut::of(x);
-  double taken = Mass::under(open, top), rest = 0, exact = 0, estimated = 0, worth = 1, rows = 0;
+  const double outside = Mass::under(open, top);
+  double rest = 0, exact = 0, estimated = 0;
   // In double: one cluster can be over-estimated by 17 nats and more, and what is left once it is taken must not be its rounding error.
   for (int64_t j = 0; j < x.n_cluster; ++j) rest += static_cast<double>(exp1(x.log_mass[j] - top));
   make_heap(x);
-  for (int64_t i = 0; i < x.n_cluster && !Cut::reached(cut, i < cut.least ? -1 : taken, taken + worth * rest, rows); ++i) {
-    const int64_t j = pop(x, x.n_cluster - i);
-    const RowRange here = rows_of(x, j);
-    if (here.n == 0) break;  // only empty ones are left
-    const auto mass = static_cast<double>(exp1(x.log_mass[j] - top));
-    rest = rest > mass ? rest - mass : 0;
-    rows += static_cast<double>(here.n);
-    x.chosen[j] = 1;
-    if (i >= kExactClusters) {
-      taken += worth * mass;
-      continue;
+  Counted counted[kExactClusters];
+  int64_t m = 0;
+  for (const int64_t stage : {kFewClusters, kExactClusters}) {
+    bool all = false;  // only empty ones are left
+    while (m < stage && m < x.n_cluster && !all) {
+      const int64_t j = pop(x, x.n_cluster - m);
+      const RowRange here = rows_of(x, j);
+      all = here.n == 0;
+      if (all) break;
+      Mass mass;
+      add_rows<W>(keys_of(x), here, mass);
+      const Counted c{j, static_cast<double>(here.n), Mass::under(mass, top), static_cast<double>(exp1(x.log_mass[j] - top))};
+      rest = rest > c.estimate ? rest - c.estimate : 0;
+      exact += c.mass;
+      estimated += c.estimate;
+      int64_t at = m++;
+      for (; at > 0 && worth_more(c, counted[at - 1]); --at) counted[at] = counted[at - 1];
+      counted[at] = c;
     }
-    Mass counted;
-    add_rows<W>(keys_of(x), here, counted);
-    exact += Mass::under(counted, top);
-    estimated += mass;
-    taken += Mass::under(counted, top);
-    if (i + 1 == kExactClusters && estimated > 0) worth = exact / estimated;
+    all = all || m == x.n_cluster;
+    const double worth = m == kExactClusters && estimated > 0 ? exact / estimated : 1, total = outside + exact + (all ? 0 : worth * rest);
+    double taken = outside, rows = 0;
+    int64_t n = 0;
+    while (n < m && !Cut::reached(cut, n < cut.least ? -1 : taken, total, rows)) {
+      taken += counted[n].mass;
+      rows += counted[n].n;
+      ++n;
+    }
+    if (n == m && m == stage && !all && !Cut::reached(cut, taken, total, rows)) {
+      if (stage < kExactClusters) continue;
+      for (int64_t i = 0; i < m; ++i) x.chosen[counted[i].cluster] = 1;
+      for (int64_t i = m; i < x.n_cluster && !Cut::reached(cut, taken, taken + worth * rest, rows); ++i) {
+        const int64_t j = pop(x, x.n_cluster - i);
+        const RowRange here = rows_of(x, j);
+        if (here.n == 0) break;
+        const auto mass = static_cast<double>(exp1(x.log_mass[j] - top));
+        rest = rest > mass ? rest - mass : 0;
+        rows += static_cast<double>(here.n);
+        taken += worth * mass;
+        x.chosen[j] = 1;
+      }
+      return share(taken, taken + worth * rest);
+    }
+    for (int64_t i = 0; i < n; ++i) x.chosen[counted[i].cluster] = 1;
+    for (int64_t i = n; i < m; ++i) x.rest[counted[i].cluster] = static_cast<float>(__builtin_log(counted[i].mass)) + top;
+    return share(taken, total);
   }
-  return share(taken, taken + worth * rest);
+  return 1;
 }
 
 // The published curve (Tactic, section 4.2). Positions count rows of closed segments, sorted by their cluster's rank.

@@ -36,9 +36,11 @@ __global__ void __launch_bounds__(kThreads, 1) choose_kernel(const __grid_consta
   }
   if (n_block > 1 && x.rank >> log_share >= a.group) cluster_arrive_block(), cluster_wait_block();  // with the others, who count
   cluster_arrive_block();
-  if (x.rank != 0) return;
   cluster_wait_block();
-  write_ranges(x);
+  if (a.tail) clear_tail(x);
+  if (x.rank == 0) write_ranges(x);
+  cluster_arrive_block();
+  if (x.rank == 0) cluster_wait_block();  // the others read its bitmap
 }
 
 // Blocks and warps of the first launch: as many as their memory allows, and every warp keeps its kv head.
@@ -112,9 +114,9 @@ void select(const CudaStream& stream, const Select& x) {
   a.sorted = x.scratch.as<uint64_t>(), a.open = reinterpret_cast<float2*>(a.sorted + n * a.room);
   a.keys = reinterpret_cast<int32_t*>(a.open + n * most_units(stream, h_kv)), a.sorted_mass = reinterpret_cast<float*>(a.keys + n * a.room);
   a.begin = reinterpret_cast<int32_t*>(a.sorted_mass + n * a.room);
-  a.scale = x.scale, a.p = x.p, a.budget = x.budget, a.least = static_cast<int32_t>(least_clusters(x.p));
-  a.log_odds = x.p < 1 ? static_cast<float>(std::log2(x.p / (1 - static_cast<double>(x.p)))) : INFINITY;
   a.fit = x.estimator == Estimator::fit, a.searched = x.p < 1 || x.budget < 1;
+  a.scale = x.scale, a.p = x.p, a.aim = aimed_share(x.p), a.budget = x.budget, a.least = static_cast<int32_t>(least_clusters(x.p));
+  a.log_odds = x.p < 1 ? static_cast<float>(std::log2(a.aim / (1 - static_cast<double>(a.aim)))) : INFINITY;
   if (a.fit) a.variance = a.centroid;  // goes with a factor of 0
   const auto any = reinterpret_cast<uintptr_t>(x.k_pages.data) | reinterpret_cast<uintptr_t>(x.index.centroid.data) |
                    reinterpret_cast<uintptr_t>(x.index.variance.data);

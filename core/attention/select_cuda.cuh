@@ -50,7 +50,7 @@ struct SelectArgs {
   int32_t n_table;    // pages, rounded up to 4
   uint32_t per_slot;  // 2^31 / n_slot, and 1
   float scale, p, budget;
-  float log_odds;  // log2(p / (1 - p))
+  float aim, log_odds;  // `moment`: aimed_share(p); log2(aim / (1 - aim))
   int32_t log_share;   // blocks of a query head in the second launch
   bool fit, searched, in_shared;  // in_shared: page numbers, first rows and keys fit into a block's shared memory
 

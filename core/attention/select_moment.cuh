@@ -1,10 +1,11 @@
 // `moment`: the clusters of one query head, in the order of their keys, the first kExact of them counted exactly.
 //
-//   rank    finds the first kExact and the one behind, by a threshold that so many threads have a cluster above
-//   count   the exact mass of their rows, in parts of 8, shared with the other blocks of the head
-//   decide  one warp: sums of what is taken from the front, and of what is left from the back, so that nothing is subtracted: one
-//           over-estimated cluster may be all of the estimates but for 1e-10
-//   extend  behind the counted ones: a search for the key that the missing mass ends at
+//   rank    sorts the first kSorted or more, from a threshold on that so many threads have a cluster above
+//   count   the exact mass of the rows of the first kExact, in parts of 8, shared with the other blocks of the head
+//   decide  the counted ones by what they are worth; one warp sums up what is taken from the front and what is left from the back, so
+//           that nothing is subtracted: one over-estimated cluster may be all of the estimates but for 1e-10
+//   go_on   behind the counted ones, by their estimates: among those that are sorted
+//   extend  past these: a search for the key that the missing mass ends at
 #pragma once
 #include "attention/select_choose.cuh"
 
@@ -15,7 +16,7 @@ struct Moment : Chooser<T, D> {
   using Base = Chooser<T, D>;
   using Base::a, Base::begin, Base::e, Base::keys, Base::s, Base::tid, Base::warp, Base::lane;
   enum class Weight { one, rows, estimate };
-  static constexpr int kCoarse = 256, kFine = 512, kFew = 16, kLogRows = 3;
+  static constexpr int kCoarse = 256, kFine = 512, kFew = static_cast<int>(kFewClusters), kLogRows = 3;
 
   __device__ Moment(const SelectArgs& args, uint4* shared) : Base(args, shared) {}
 
@@ -101,13 +102,29 @@ struct Moment : Chooser<T, D> {
     const auto bin_of = [&](int k) {
       return min(static_cast<int>(static_cast<float>(static_cast<uint32_t>(high) - static_cast<uint32_t>(k)) * to_bin), kFine - 1);
     };
-    if (has_some)
-      each_key([&](int j, int k) {
-        if (k < least) return;
-        const int at = atomicAdd(&s.n_order, 1);
+    constexpr int kBatch = 8;
+#pragma unroll 1
+    for (int j0 = 4 * tid; __any_sync(kWarp, has_some && j0 < e.n_cluster); j0 += 4 * kBatch * kThreads) {
+      uint32_t some = 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int j = j0 + 4 * i * kThreads;
+        if (!has_some || j >= e.n_cluster) break;
+        const int4 k = *reinterpret_cast<const int4*>(keys + j);
+        some |= (k.x >= least ? 1u : 0) << 4 * i | (k.y >= least ? 2u : 0) << 4 * i | (k.z >= least ? 4u : 0) << 4 * i |
+                (k.w >= least ? 8u : 0) << 4 * i;
+      }
+      const int upto = scan_warp(__popc(some));
+      int at = 0;
+      if (lane == 31) at = atomicAdd(&s.n_order, upto);
+      at = __shfl_sync(kWarp, at, 31) + upto - __popc(some);
+#pragma unroll 1
+      for (; some != 0; some &= some - 1, ++at) {
+        const int bit = __ffs(static_cast<int>(some)) - 1, j = j0 + (bit & ~3) * kThreads + bit % 4, k = keys[j];
         if (at < kList) s.list[at] = order_of(k, j);
         atomicAdd(bins + bin_of(k), 1);
-      });
+      }
+    }
     __syncthreads();
     const int n = s.n_order;
     if (n > kList) return sort_few(*this, high);
@@ -172,52 +189,44 @@ struct Moment : Chooser<T, D> {
     x.end_order(n);
   }
 
-  // ---- how the rows of the first clusters are dealt out, as every warp finds by itself: in parts of 8, or of twice as many until
-  // there is room. A lane knows two clusters.
-  struct Deal {
-    int rows[2], parts[2], before, log_size;  // before: parts of lanes before this one
-    int n_exact;
-  };
-  __device__ Deal deal() const {
-    Deal d;
+  // ---- how the rows of the first clusters are dealt out: in parts of 8, or of twice as many until there is room. -> how many of these
+  // clusters there are
+  __device__ int deal() const {
     const int2 n = *reinterpret_cast<const int2*>(s.rows + 2 * lane);
-    d.rows[0] = n.x, d.rows[1] = n.y;
-    int sum;
-    for (d.log_size = kLogRows;; ++d.log_size) {
-      d.parts[0] = (n.x + (1 << d.log_size) - 1) >> d.log_size, d.parts[1] = (n.y + (1 << d.log_size) - 1) >> d.log_size;
-      sum = scan_warp(d.parts[0] + d.parts[1]);
-      if (__shfl_sync(kWarp, sum, 31) <= kParts) break;
+    int log_size = kLogRows, n0, n1, upto;
+    for (;; ++log_size) {
+      n0 = (n.x + (1 << log_size) - 1) >> log_size, n1 = (n.y + (1 << log_size) - 1) >> log_size;
+      upto = scan_warp(n0 + n1);
+      if (__shfl_sync(kWarp, upto, 31) <= kParts) break;
     }
-    d.before = sum - d.parts[0] - d.parts[1];
-    d.n_exact = __popc(__ballot_sync(kWarp, n.x > 0)) + __popc(__ballot_sync(kWarp, n.y > 0));
-    return d;
-  }
-  __device__ int parts_before(const Deal& d, int cluster) const {
-    const int even = __shfl_sync(kWarp, d.before, min(cluster / 2, 31)), last = __shfl_sync(kWarp, d.parts[0], min(cluster / 2, 31)),
-              all = __shfl_sync(kWarp, d.before + d.parts[0] + d.parts[1], 31);
-    return cluster >= kExact ? all : cluster % 2 ? even + last : even;
-  }
-  __device__ int2 part(const Deal& d, int i) const {  // first row, rows
-    const int owner = __popc(__ballot_sync(kWarp, d.before <= i)) - 1;
-    const int2 first = *reinterpret_cast<const int2*>(s.first + 2 * owner), rows = *reinterpret_cast<const int2*>(s.rows + 2 * owner);
-    const int at = i - __shfl_sync(kWarp, d.before, owner), here = __shfl_sync(kWarp, d.parts[0], owner);
-    const bool second = at >= here;
-    const int skip = (second ? at - here : at) << d.log_size;
-    return {(second ? first.y : first.x) + skip, min(1 << d.log_size, (second ? rows.y : rows.x) - skip)};
+    constexpr int kOwn = kExact / kWarps, kLanes = 32 / kOwn;  // clusters of a warp; lanes of a cluster
+    const int mine = kOwn * warp + lane / kLanes, first = s.first[mine], rows = s.rows[mine];
+    const int even = __shfl_sync(kWarp, upto - n0 - n1, mine / 2), odd = __shfl_sync(kWarp, upto - n1, mine / 2);
+    const int before = mine % 2 ? odd : even;
+    for (int skip = lane % kLanes << log_size, at = before + lane % kLanes; skip < rows; skip += kLanes << log_size, at += kLanes)
+      s.parts[at] = {first + skip, min(1 << log_size, rows - skip)};
+    if (warp == 0) {
+      s.first_part[2 * lane] = upto - n0 - n1, s.first_part[2 * lane + 1] = upto - n1;
+      if (lane == 31) s.first_part[kExact] = upto;
+    }
+    const int n_exact = __popc(__ballot_sync(kWarp, n.x > 0)) + __popc(__ballot_sync(kWarp, n.y > 0));
+    __syncthreads();
+    return n_exact;
   }
 
   // ---- count: this block's share of the parts from .. end; sums go to the block `to`. On the way of the first keys: what all other
   // clusters are estimated at.
-  __device__ void count(const RowScorer<T, D>& q, const Deal& d, int from, int end, int block, int n_block, int to, bool with_rest) const {
+  __device__ void count(const RowScorer<T, D>& q, int from, int end, int block, int n_block, int to, bool with_rest) const {
     float2* mass = in_block(s.mass, to);
     int i = from + 2 * (block + warp * n_block);
     int2 x, y;
     typename RowScorer<T, D>::Rows k;
     const auto find = [&] {
-      x = part(d, i), y = i + 1 < end ? part(d, i + 1) : int2{x.x, 0};
+      if (i >= end) return;
+      x = s.parts[i], y = i + 1 < end ? s.parts[i + 1] : int2{x.x, 0};
       q.load(k, this->key_row(x.x + min(lane / 4, x.y - 1)), this->key_row(y.x + min(lane / 4, max(y.y - 1, 0))));
     };
-    if (i < end) find();
+    find();
     if (with_rest) {
       const float sum = warp_sum(sum_estimates(4 * (tid + block * kThreads), 4 * kThreads * n_block));
       if (lane == 0) in_block(s.estimates, to)[block * kWarps + warp] = sum;
@@ -235,10 +244,12 @@ struct Moment : Chooser<T, D> {
         if (r - lane / 4 >= max(x.y, y.y)) break;
         q.load(k, this->key_row(x.x + min(r, x.y - 1)), this->key_row(y.x + min(r, max(y.y - 1, 0))));
       }
-      m[0] = warp_mass<4>(m[0]), m[1] = warp_mass<4>(m[1]);
-      if (lane < 2 && i + lane < end) mass[i + lane] = lane == 0 ? float2{m[0].top, m[0].total} : float2{m[1].top, m[1].total};
+      const bool second = lane % 4 >= 2;  // all lanes of a row have its score
+      const int at = i + second;
       i += 2 * kWarps * n_block;
-      if (i < end) find();
+      find();  // the next are on their way while these are summed up
+      const Mass sum = warp_mass<4>(second ? m[1] : m[0]);
+      if (lane < 4 && lane % 2 == 0 && at < end) mass[at] = {sum.top, sum.total};
     }
   }
   // Sums of estimates behind the counted clusters, in units of the first one of these per row: none is subtracted. In a fixed order.
@@ -263,32 +274,64 @@ struct Moment : Chooser<T, D> {
     return k == kEmpty ? 0 : static_cast<float>(n) * pow2(static_cast<float>(far) * -0x1p-16f);
   }
 
-  // ---- decide, by one warp; each lane has two of the counted clusters. Those before `upto` have been counted.
-  // s.n_taken = -1: more have to be counted.
-  __device__ void decide(const Deal& d, int upto, int n_block, int want_rows) const {
-    const int m = d.n_exact;
+  // ---- decide: which of the counted clusters are taken, those that are worth most per row first.
+  // By all: the first m clusters by value. Neighbouring lanes share a cluster.
+  __device__ void put_in_order(int m) const {
+    constexpr int kLanes = kThreads / kExact, kEach = kExact / kLanes;  // a lane compares with kEach others
+    const int at = tid / kLanes, part = tid % kLanes, begin = s.first_part[at], end = s.first_part[at + 1];
+    Mass mass;
+#pragma unroll 1
+    for (int p = begin + part; p < end && at < m; p += kLanes) mass.add({s.mass[p].x, s.mass[p].y});
+    float top = mass.top;
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
+    const float total = warp_sum<kLanes>(mass.under(top));
+    const Counted mine{total > 0 ? top + __log2f(total) : kNegInf, s.rows[at], number_of(s.order[at])};
+    const float value = at < m ? mine.log_mass - __log2f(static_cast<float>(mine.rows)) : kNegInf;
+    if (part == 0) s.value[at] = value;
+    __syncthreads();
+    int place = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const float other = s.value[kEach * part + i];
+      const int cluster = number_of(s.order[kEach * part + i]);
+      place += kEach * part + i < m && (other > value || (other == value && cluster < mine.cluster));
+    }
+    place += part < kFew / kEach ? place << 16 : 0;  // of the few; of all
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) place += __shfl_xor_sync(kWarp, place, step);
+    if (part == 0 && at < min(m, kFew)) s.counted[0][place >> 16] = mine;
+    if (part == 0 && at < m) s.counted[1][place & 0xffff] = mine;
+    __syncthreads();
+  }
+  // By one warp, of the first kFew or of all; each lane has two of them.
+  __device__ void decide(int n_exact, bool few, int n_block, int want_rows) const {
+    const int m = few ? min(n_exact, kFew) : n_exact;
+    const Counted* counted = s.counted[few ? 0 : 1];
+    Decision& to = s.decision[few ? 0 : 1];
     float rest = 0;
     for (int i = lane; i < n_block * kWarps; i += 32) rest += s.estimates[i];
     rest = warp_sum(rest);
-    Mass exact[2], behind{static_cast<float>(key_of(s.order[kExact])) * 0x1p-16f, rest};
+    const Mass behind{static_cast<float>(key_of(s.order[kExact])) * 0x1p-16f, rest};
     float top = s.open.x, most = rest > 0 ? behind.top : kNegInf, guess[2];
+    Counted mine[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int at = 2 * lane + i, part = d.before + i * d.parts[0];
-      guess[i] = at < m ? static_cast<float>(key_of(s.order[at])) * 0x1p-16f + __log2f(static_cast<float>(d.rows[i])) : kNegInf;
-      if (at < upto) {
-#pragma unroll 2
-        for (int p = part; p < part + d.parts[i]; ++p) exact[i].top = fmaxf(exact[i].top, s.mass[p].x);
-#pragma unroll 2
-        for (int p = part; p < part + d.parts[i]; ++p) exact[i].total += s.mass[p].y * pow2(s.mass[p].x - exact[i].top);
-      }
-      top = fmaxf(top, exact[i].top), most = fmaxf(most, guess[i]);
+      const int at = 2 * lane + i;
+      guess[i] = at < n_exact ? static_cast<float>(key_of(s.order[at])) * 0x1p-16f + __log2f(static_cast<float>(s.rows[at])) : kNegInf;
+      mine[i] = at < m ? counted[at] : Counted{kNegInf, 0, 0};
+      top = fmaxf(top, mine[i].log_mass), most = fmaxf(most, guess[i]);
     }
     top = warp_max(top), most = warp_max(most);
-    const float mass[2] = {exact[0].under(top), exact[1].under(top)};
-    const float estimate[2] = {guess[0] > kNegInf ? pow2(guess[0] - most) : 0, guess[1] > kNegInf ? pow2(guess[1] - most) : 0};
-    float taken = mass[0] + mass[1], left = estimate[0] + estimate[1];
-    int rows = d.rows[0] + d.rows[1];
+    float others = 0, estimated = 0, mass[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      (2 * lane + i < m ? estimated : others) += guess[i] > kNegInf ? pow2(guess[i] - most) : 0;
+      mass[i] = mine[i].log_mass > kNegInf ? pow2(mine[i].log_mass - top) : 0;
+    }
+    others = warp_sum(others) + behind.under(most), estimated = warp_sum(estimated);
+    float taken = mass[0] + mass[1], left = taken;
+    int rows = mine[0].rows + mine[1].rows;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const float x = __shfl_up_sync(kWarp, taken, step), y = __shfl_down_sync(kWarp, left, step);
@@ -296,70 +339,74 @@ struct Moment : Chooser<T, D> {
       if (lane >= step) taken += x, rows += n;
       if (lane + step < 32) left += y;
     }
-    const float counted = __shfl_sync(kWarp, taken, 31), estimated = __shfl_sync(kWarp, left, 0);
-    const int n_rows = __shfl_sync(kWarp, rows, 31), before_rows = rows - d.rows[0] - d.rows[1];
+    const float all_taken = __shfl_sync(kWarp, taken, 31);
+    const int n_rows = __shfl_sync(kWarp, rows, 31), before_rows = rows - mine[0].rows - mine[1].rows;
     float before = __shfl_up_sync(kWarp, taken, 1), after = __shfl_down_sync(kWarp, left, 1);
     if (lane == 0) before = 0;
     if (lane == 31) after = 0;
-    const float outside = s.open.y > 0 ? s.open.y * pow2(s.open.x - top) : 0, behind_all = behind.under(most);
+    const float outside = s.open.y > 0 ? s.open.y * pow2(s.open.x - top) : 0;
+    // What is not counted: where all are that can be, it is worth what these were, compared with their estimates.
+    const float worth = m == kExact ? top + __log2f(all_taken) - most - __log2f(estimated) : 0;
+    const float log_others = others > 0 ? most + __log2f(others) + worth : kNegInf, high = fmaxf(top, log_others);
     // log2 of what is left over what is taken, if it ends before a lane's first, or its second
-    const auto odds = [&](float rest_of, float taken_of) {
-      return rest_of > 0 ? most + __log2f(rest_of) - top - __log2f(taken_of) : kNegInf;
+    const auto odds = [&](float left_of, float taken_of) {
+      const float all = left_of * pow2(top - high) + (others > 0 ? pow2(log_others - high) : 0);
+      return all > 0 ? high + __log2f(all) - top - __log2f(taken_of) : kNegInf;
     };
-    const float against[2] = {odds(left + behind_all, outside + before),
-                              odds(estimate[1] + after + behind_all, outside + before + mass[0])};
+    const float against[2] = {odds(left, outside + before), odds(mass[1] + after, outside + before + mass[0])};
+    const bool all = m == n_exact && (m < kExact || s.order[kExact] == kAll);
     const auto enough = [&](int i) {
       const int at = 2 * lane + i;
-      if (at > min(m, upto) || at == kExact) return false;
-      return (a.p < 1 && at >= a.least && -against[i] >= a.log_odds) || (i == 0 ? before_rows : before_rows + d.rows[0]) >= want_rows ||
-             at == m;
+      if (at > m) return false;
+      return (a.p < 1 && at >= a.least && -against[i] >= a.log_odds) || (all && at == m) ||
+             (i == 0 ? before_rows : before_rows + mine[0].rows) >= want_rows;
     };
     const uint32_t stop0 = __ballot_sync(kWarp, enough(0)), stop1 = __ballot_sync(kWarp, enough(1));
     const int n =
         min(stop0 ? 2 * (__ffs(static_cast<int>(stop0)) - 1) : INT_MAX, stop1 ? 2 * (__ffs(static_cast<int>(stop1)) - 1) + 1 : INT_MAX);
     if (n < INT_MAX) {
-      if (lane == n / 2) s.n_taken = n, s.want = 0, s.share = 1 / (1 + pow2(n % 2 ? against[1] : against[0]));
-      return;
+      if (lane == n / 2) to = {n, 1 / (1 + pow2(n % 2 ? against[1] : against[0])), 0, 0, 0};
+    } else if (m < n_exact) {
+      if (lane == 0) to.n_taken = -1;
+    } else {
+      const float weighs = others > 0 ? odds(0, outside + all_taken) : kNegInf;
+      const float want = a.p == 1 ? 1 : -weighs >= a.log_odds ? 0 : a.aim - (1 - a.aim) * pow2(-weighs);
+      if (lane == 0) s.rest = rest, to = {kExact, share_of(weighs, 0), want, weighs, want_rows - n_rows};
     }
-    if (upto < m) {
-      if (lane == 0) s.n_taken = -1;
-      return;
-    }
-    // All are taken; what comes behind is worth what these were, compared with their estimates.
-    const float worth = top + __log2f(counted) - most - __log2f(estimated);
-    const float weighs = behind_all > 0 ? odds(behind_all, outside + counted) + worth : kNegInf;
-    const float want = a.p == 1 ? 1 : -weighs >= a.log_odds ? 0 : a.p - (1 - a.p) * pow2(-weighs);
-    if (lane != 0) return;
-    s.n_taken = kExact, s.weighs = weighs, s.share = share_of(weighs, 0), s.rest = rest;
-    s.want = want, s.want_rows = want_rows - n_rows;
   }
   // The share of the mass, with `more` of what is behind the counted clusters.
   __device__ static float share_of(float weighs, float more) {
     return weighs < 0 ? (1 + pow2(weighs) * more) / (1 + pow2(weighs)) : (pow2(-weighs) + more) / (pow2(-weighs) + 1);
   }
-  // Behind the counted clusters, among those that are sorted: by one warp. What they are not enough for stays in s.want.
+  // Behind the counted clusters, among those that are sorted. What they are not enough for stays in `want`.
   __device__ void go_on() const {
-    const int key = key_of(s.order[kExact]);
-    const uint32_t want = static_cast<uint32_t>(ceilf(s.want * 0x1p31f));  // mass: in 2^-31 of the rest
+    const Decision& so_far = s.decision[1];
+    const int key = key_of(s.order[kExact]), want_rows = so_far.want_rows, each = (s.n_order - kExact + kThreads - 1) / kThreads,
+              from = kExact + each * tid, upto = min(from + each, s.n_order);
+    const uint32_t want = static_cast<uint32_t>(ceilf(so_far.want * 0x1p31f));  // mass: in 2^-31 of the rest
     const float unit = 0x1p31f / s.rest;
-    uint32_t mass = 0;
-    int rows = 0;
-#pragma unroll 1
-    for (int i = kExact + lane; i - lane < s.n_order; i += 32) {
-      const bool there = i < s.n_order;
-      const uint64_t cluster = s.order[min(i, s.n_order - 1)];
-      const int n = there ? this->rows(number_of(cluster)) : 0;
-      const uint32_t m = there ? __float2uint_rn(estimate(key, key_of(cluster), n) * unit) : 0;
-      const uint32_t upto = mass + static_cast<uint32_t>(scan_warp(static_cast<int>(m)));
-      const int upto_rows = rows + scan_warp(n);
-      const uint32_t stop = __ballot_sync(kWarp, there && ((a.p < 1 && upto >= want) || upto_rows >= s.want_rows));
-      const int last = stop ? __ffs(static_cast<int>(stop)) - 1 : 31;
-      mass = __shfl_sync(kWarp, upto, last), rows = __shfl_sync(kWarp, upto_rows, last);
-      if (!stop) continue;
-      __syncwarp();
-      if (lane == 0) s.n_taken = i + last + 1, s.want = 0, s.share = share_of(s.weighs, fminf(static_cast<float>(mass) * 0x1p-31f, 1));
-      return;
+    const auto weight = [&](int i) {
+      const uint64_t cluster = s.order[i];
+      const int n = this->rows(number_of(cluster));
+      return int2{static_cast<int>(__float2uint_rn(estimate(key, key_of(cluster), n) * unit)), n};
+    };
+    int2 sum{0, 0}, total;
+    for (int i = from; i < upto; ++i) {
+      const int2 w = weight(i);
+      sum.x += w.x, sum.y += w.y;
     }
+    sum = block_scan(sum, s.sums, total);
+    for (int i = from; i < upto; ++i) {
+      const int2 w = weight(i), with{sum.x + w.x, sum.y + w.y};
+      const auto reached = [&](int2 x) { return (a.p < 1 && static_cast<uint32_t>(x.x) >= want) || x.y >= want_rows; };
+      if (!reached(sum) && reached(with)) {
+        Decision& to = s.decision[1];
+        to.n_taken = i + 1, to.want = 0,
+        to.share = share_of(to.weighs, fminf(static_cast<float>(static_cast<uint32_t>(with.x)) * 0x1p-31f, 1));
+      }
+      sum = with;
+    }
+    __syncthreads();
   }
 
   // ---- the shortest stretch of the ranking from `from` on whose weights reach `want`: -> its end, or kAll
@@ -432,8 +479,8 @@ struct Moment : Chooser<T, D> {
     const SelectArgs& a = x.a;
     ChooseShared& s = x.s;
     const uint64_t from = s.order[kExact];
-    const float want = s.want, weighs = s.weighs, rest = s.rest;
-    const int want_rows = s.want_rows;
+    const auto [n_taken, share, want, weighs, want_rows] = s.decision[1];
+    const float rest = s.rest;
     float sum = 0;
     // Weights are shares of the rest in 2^-31, or rows.
     uint64_t end = kAll;
@@ -464,33 +511,35 @@ struct Moment : Chooser<T, D> {
       if (lane == 0) s.open = {open.top, open.total};
     }
     rank_clusters(head, head < this->blocks);
-    const Deal d = deal();
-    // No more than are wanted.
+    const int n_exact = deal();
     const int want_rows = static_cast<int>(ceil(static_cast<double>(a.budget) * (e.end_page - e.first_page) * kPage));
-    const int before = scan_warp(d.rows[0] + d.rows[1]) - d.rows[0] - d.rows[1];
-    const int most = __popc(__ballot_sync(kWarp, d.rows[0] > 0 && before < want_rows)) +
-                     __popc(__ballot_sync(kWarp, d.rows[1] > 0 && before + d.rows[0] < want_rows));
-    int from = 0, upto = most;
-    if (a.p < 1 && n_block == 1) upto = min(upto, kFew);  // most heads are content with few: the others come if need be
+    int from = 0, upto = a.p < 1 && n_block == 1 ? kFew : kExact, which;  // most heads are content with few: the others come if need be
 #pragma unroll 1
     for (;;) {
-      const int end = parts_before(d, upto);
-      count(q, d, from, end, block, n_block, first_block, from == 0);
+      const int end = s.first_part[min(upto, n_exact)];
+      count(q, from, end, block, n_block, first_block, from == 0);
       if (n_block > 1) cluster_arrive_block(), cluster_wait_block();
       else __syncthreads();
       if (block > 0) return;
-      if (warp == 0) {
-        decide(d, upto, n_block, want_rows);
-        __syncwarp();
-        if (s.n_taken == kExact && s.want > 0 && s.want_rows > 0) go_on();
-      }
+      put_in_order(min(upto, n_exact));
+      if (warp == 0 && from == 0) decide(n_exact, true, n_block, want_rows);
+      if (warp == 1 && upto == kExact) decide(n_exact, false, n_block, want_rows);
       __syncthreads();
-      if (s.n_taken >= 0) break;
-      from = end, upto = most;
+      which = s.decision[0].n_taken < 0;
+      if (which == 0 || upto == kExact) break;
+      from = end, upto = kExact;
     }
-    float share = s.share;
-    if (s.want > 0 && s.want_rows > 0) share = extend(*this);
-    for (int i = tid; i < s.n_taken; i += kThreads) this->mark(number_of(s.order[i]));
+    const Decision& decision = s.decision[which];
+    const auto goes_on = [&] { return decision.want > 0 && decision.want_rows > 0; };
+    if (goes_on()) go_on();
+    const int n_taken = decision.n_taken, n_counted = which == 0 ? min(n_exact, kFew) : n_exact;
+    float share = decision.share;
+    if (goes_on()) share = extend(*this);
+    for (int i = tid; i < n_taken; i += kThreads) this->mark(i < kExact ? s.counted[which][i].cluster : number_of(s.order[i]));
+    if (a.tail && tid >= n_taken && tid < n_counted) {  // known better than estimated
+      const Counted& x = s.counted[which][tid];
+      a.tail_of(a.place(this->entry), this->kv_head, head)[x.cluster] = x.log_mass * kLn2;
+    }
     if (tid == 0) this->put_share(head, share);
   }
 };

@@ -5,48 +5,65 @@
 
 namespace prt::cuda::selecting {
 
-// By the first block of the cluster: the bitmap becomes a list, every entry of it looks at the one before.
+// In the tail, what is attended to is worth nothing: the blocks of a cluster share the query heads, the first block comes last.
+template <class T, int D>
+__device__ void clear_tail(const Chooser<T, D>& x) {
+  const SelectArgs& a = x.a;
+  const uint32_t* chosen = in_block(x.chosen, 0);
+#pragma unroll 1
+  for (int head = x.blocks - 1 - x.rank; head < a.group; head += x.blocks) {
+    float* tail = a.tail_of(a.place(x.entry), x.kv_head, head);
+#pragma unroll 1
+    for (int w = x.tid; w < (x.e.n_cluster + 31) / 32; w += kThreads)
+      for (uint32_t bits = chosen[w]; bits != 0; bits &= bits - 1) tail[32 * w + __ffs(static_cast<int>(bits)) - 1] = kNegInf;
+  }
+}
+
+// By the first block of the cluster, from the bitmap: clusters are neighbours in the order of their rows, so a run of bits is a range, or
+// goes on with the one before if only empty clusters are between.
 template <class T, int D>
 __device__ void write_ranges(const Chooser<T, D>& x) {
   const SelectArgs& a = x.a;
   const Entry& e = x.e;
   ChooseShared& s = x.s;
   const int32_t* begin = x.begin;
-  const int tid = threadIdx.x, words = (e.n_cluster + 31) / 32, each = (words + kThreads - 1) / kThreads;
+  const auto* chosen = reinterpret_cast<const uint16_t*>(x.chosen);  // by 16, so that 512 threads have work at 128K
+  const int tid = threadIdx.x, words = (e.n_cluster + 15) / 16, each = (words + kThreads - 1) / kThreads;
   const int first_word = min(tid * each, words), last_word = min(first_word + each, words);
-  int2 mine{0, 0}, n_chosen;
-  for (int w = first_word; w < last_word; ++w) mine.x += __popc(x.chosen[w]);
-  const int at = block_scan(mine, s.sums, n_chosen).x, front = e.first_page * kPage, window = e.len - e.end_page * kPage;
+  const int front = e.first_page * kPage, window = e.len - e.end_page * kPage;
   int2* to = a.ranges + a.place(x.entry) * a.ranges_stride + x.kv_head * a.max_range;
-  int n = front > 0, rows = front, end = front > 0 ? front : -1;  // ranges begun, rows in them, where the last one ends
-  if (tid == 0 && front > 0) to[0].x = 0;
+  const auto joins = [&](int j) {  // a run of bits that starts with j, with what is in front of it
+    int before = j - 1;
+    while (before >= 0 && begin[before] == begin[j]) --before;
+    return before < 0 ? front > 0 : (x.chosen[before / 32] >> before % 32 & 1) != 0;
+  };
+  const auto each_run = [&](auto&& f) {  // f(first row, rows, whether a range starts)
 #pragma unroll 1
-  for (int from = 0; from < n_chosen.x; from += kBins) {
-    int put = at - from;
     for (int w = first_word; w < last_word; ++w)
-      for (uint32_t bits = x.chosen[w]; bits != 0; bits &= bits - 1, ++put)
-        if (put >= 0 && put < kBins) s.chosen[put] = 32 * w + __ffs(static_cast<int>(bits)) - 1;
-    __syncthreads();
-    const int m = min(kBins, n_chosen.x - from);
 #pragma unroll 1
-    for (int i0 = 0; i0 < m; i0 += kThreads) {
-      const int i = i0 + tid, j = s.chosen[min(i, m - 1)], row = begin[j], n_row = begin[j + 1] - row;
-      const bool there = i < m, starts = there && row != (i == 0 ? end : begin[s.chosen[i - 1] + 1]);
-      int2 total;
-      const int2 before = block_scan(int2{starts, there ? n_row : 0}, s.sums, total);
-      if (starts) {
-        if (n + before.x > 0) to[n + before.x - 1].y = rows + before.y;
-        to[n + before.x].x = row;
+      for (uint32_t bits = chosen[w]; bits != 0;) {
+        const uint32_t first = bits & (0 - bits), rest = bits & (bits + first);  // the lowest run of ones goes over into the bit behind it
+        const int j = 16 * w + __ffs(static_cast<int>(first)) - 1, end = 16 * w + __ffs(static_cast<int>(bits + first)) - 1;
+        bits = rest;
+        f(begin[j], begin[end] - begin[j], !joins(j));
       }
-      if (there && a.tail)
-        for (int head = 0; head < a.group; ++head) a.tail_of(a.place(x.entry), x.kv_head, head)[j] = kNegInf;
-      n += total.x, rows += total.y;
+  };
+  int2 mine{0, 0}, all;  // ranges, rows
+  each_run([&](int, int rows, bool starts) { mine.x += starts, mine.y += rows; });
+  int2 at = block_scan(mine, s.sums, all);
+  at.x += front > 0, at.y += front;
+  if (tid == 0 && front > 0) to[0].x = 0;
+  each_run([&](int row, int rows, bool starts) {
+    if (starts) {
+      if (at.x > 0) to[at.x - 1].y = at.y;
+      to[at.x++].x = row;
     }
-    end = begin[s.chosen[m - 1] + 1];
-    __syncthreads();
-  }
+    at.y += rows;
+  });
   if (tid != 0) return;
-  if (window > 0 && end != e.end_page * kPage) {
+  int n = all.x + (front > 0);
+  const int rows = all.y + front;
+  if (window > 0 && !joins(e.n_cluster)) {
     if (n > 0) to[n - 1].y = rows;
     to[n++].x = e.end_page * kPage;
   }
