@@ -146,71 +146,89 @@ struct Cut {
 // A cluster whose mass has been computed.
 struct Counted {
   int64_t cluster;
-  double n, mass, estimate;
+  double n, mass;
 };
 PRT_INLINE bool worth_more(const Counted& a, const Counted& b) {  // per row; no two are equal in place, so that the order is one
   return a.mass * b.n > b.mass * a.n || (a.mass * b.n == b.mass * a.n && a.cluster < b.cluster);
 }
+struct Candidates {
+  Counted by_worth[kExactClusters];
+  int64_t n = 0;
+  double exact = 0, estimated = 0, rows = 0;  // their sums
+  double rest = 0;  // the estimates of the others
+  bool all = false;  // there are no others, or only empty ones
+};
+// Counts the next of the ranking until there are n.
+template <class W>
+PRT_INLINE void count_clusters(const Query& x, float top, int64_t n, Candidates& c) {
+  while (c.n < n && !c.all) {
+    const int64_t j = pop(x, x.n_cluster - c.n);
+    const RowRange here = rows_of(x, j);
+    c.all = here.n == 0;
+    if (c.all) break;
+    Mass mass;
+    add_rows<W>(keys_of(x), here, mass);
+    const Counted counted{j, static_cast<double>(here.n), Mass::under(mass, top)};
+    const auto estimate = static_cast<double>(exp1(x.log_mass[j] - top));
+    c.rest = c.rest > estimate ? c.rest - estimate : 0;
+    c.exact += counted.mass;
+    c.estimated += estimate;
+    c.rows += counted.n;
+    int64_t at = c.n++;
+    for (; at > 0 && worth_more(counted, c.by_worth[at - 1]); --at) c.by_worth[at] = c.by_worth[at - 1];
+    c.by_worth[at] = counted;
+    c.all = c.n == x.n_cluster;
+  }
+}
+// All that are counted are taken, and others by their estimates, times what the counted ones were worth compared with theirs.
+PRT_INLINE float take_more(const Query& x, const Cut& cut, float top, double worth, double taken, const Candidates& c) {
+  double rest = c.rest, rows = c.rows;
+  for (int64_t i = 0; i < c.n; ++i) x.chosen[c.by_worth[i].cluster] = 1;
+  for (int64_t i = c.n; i < x.n_cluster && !Cut::reached(cut, taken, taken + worth * rest, rows); ++i) {
+    const int64_t j = pop(x, x.n_cluster - i);
+    const RowRange here = rows_of(x, j);
+    if (here.n == 0) break;
+    const auto mass = static_cast<double>(exp1(x.log_mass[j] - top));
+    rest = rest > mass ? rest - mass : 0;
+    rows += static_cast<double>(here.n);
+    taken += worth * mass;
+    x.chosen[j] = 1;
+  }
+  return share(taken, taken + worth * rest);
+}
 
 // The clusters with the highest estimates per row are counted, kFewClusters of them and, if these are not enough, kExactClusters; what they
-// are then worth decides which of them are taken, the others' estimates what there is besides. What the counted ones turn out to be worth
-// corrects the estimates of the others, where a head takes all that are counted and goes on by estimates.
+// are then worth decides which of them are taken, the others' estimates what there is besides. What is counted and not taken has its exact
+// mass in the tail.
 template <class W>
 PRT_INLINE float choose_by_moment(const Query& x, const Mass& open, float top) {
   const Cut cut = Cut::of(x);
   const double outside = Mass::under(open, top);
-  double rest = 0, exact = 0, estimated = 0;
+  Candidates c;
   // In double: one cluster can be over-estimated by 17 nats and more, and what is left once it is taken must not be its rounding error.
-  for (int64_t j = 0; j < x.n_cluster; ++j) rest += static_cast<double>(exp1(x.log_mass[j] - top));
+  for (int64_t j = 0; j < x.n_cluster; ++j) c.rest += static_cast<double>(exp1(x.log_mass[j] - top));
+  c.all = x.n_cluster == 0;
   make_heap(x);
-  Counted counted[kExactClusters];
-  int64_t m = 0;
-  for (const int64_t stage : {kFewClusters, kExactClusters}) {
-    bool all = false;  // only empty ones are left
-    while (m < stage && m < x.n_cluster && !all) {
-      const int64_t j = pop(x, x.n_cluster - m);
-      const RowRange here = rows_of(x, j);
-      all = here.n == 0;
-      if (all) break;
-      Mass mass;
-      add_rows<W>(keys_of(x), here, mass);
-      const Counted c{j, static_cast<double>(here.n), Mass::under(mass, top), static_cast<double>(exp1(x.log_mass[j] - top))};
-      rest = rest > c.estimate ? rest - c.estimate : 0;
-      exact += c.mass;
-      estimated += c.estimate;
-      int64_t at = m++;
-      for (; at > 0 && worth_more(c, counted[at - 1]); --at) counted[at] = counted[at - 1];
-      counted[at] = c;
-    }
-    all = all || m == x.n_cluster;
-    const double worth = m == kExactClusters && estimated > 0 ? exact / estimated : 1, total = outside + exact + (all ? 0 : worth * rest);
+  for (int64_t stage = kFewClusters;; stage = kExactClusters) {
+    count_clusters<W>(x, top, stage, c);
+    const double worth = c.n == kExactClusters && c.estimated > 0 ? c.exact / c.estimated : 1;
+    const double total = outside + c.exact + (c.all ? 0 : worth * c.rest);
     double taken = outside, rows = 0;
     int64_t n = 0;
-    while (n < m && !Cut::reached(cut, n < cut.least ? -1 : taken, total, rows)) {
-      taken += counted[n].mass;
-      rows += counted[n].n;
+    const auto enough = [&] { return Cut::reached(cut, n < cut.least ? -1 : taken, total, rows); };
+    while (n < c.n && !enough()) {
+      taken += c.by_worth[n].mass;
+      rows += c.by_worth[n].n;
       ++n;
     }
-    if (n == m && m == stage && !all && !Cut::reached(cut, taken, total, rows)) {
+    if (n == c.n && !c.all && !enough()) {
       if (stage < kExactClusters) continue;
-      for (int64_t i = 0; i < m; ++i) x.chosen[counted[i].cluster] = 1;
-      for (int64_t i = m; i < x.n_cluster && !Cut::reached(cut, taken, taken + worth * rest, rows); ++i) {
-        const int64_t j = pop(x, x.n_cluster - i);
-        const RowRange here = rows_of(x, j);
-        if (here.n == 0) break;
-        const auto mass = static_cast<double>(exp1(x.log_mass[j] - top));
-        rest = rest > mass ? rest - mass : 0;
-        rows += static_cast<double>(here.n);
-        taken += worth * mass;
-        x.chosen[j] = 1;
-      }
-      return share(taken, taken + worth * rest);
+      return take_more(x, cut, top, worth, taken, c);
     }
-    for (int64_t i = 0; i < n; ++i) x.chosen[counted[i].cluster] = 1;
-    for (int64_t i = n; i < m; ++i) x.rest[counted[i].cluster] = static_cast<float>(__builtin_log(counted[i].mass)) + top;
+    for (int64_t i = 0; i < n; ++i) x.chosen[c.by_worth[i].cluster] = 1;
+    for (int64_t i = n; i < c.n; ++i) x.rest[c.by_worth[i].cluster] = static_cast<float>(__builtin_log(c.by_worth[i].mass)) + top;
     return share(taken, total);
   }
-  return 1;
 }
 
 // The published curve (Tactic, section 4.2). Positions count rows of closed segments, sorted by their cluster's rank.
