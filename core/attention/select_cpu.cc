@@ -233,8 +233,8 @@ PRT_INLINE float choose_by_moment(const Query& x, const Mass& open, float top) {
 
 // The published curve (Tactic, section 4.2). Positions count rows of closed segments, sorted by their cluster's rank.
 constexpr double kFirst = 0.1, kSecond = 0.6;  // where the curve is sampled
-constexpr double kSample = 0.01;               // share of the rows in a sample
-constexpr double kHead = 0.02;                 // share of the rows in front whose mass is computed
+constexpr double kSample = 0.01;  // share of the rows in a sample
+constexpr double kHead = 0.02;  // share of the rows in front whose mass is computed
 
 template <class W>
 PRT_INLINE float choose_by_fit(const Query& x, const Mass& open, float top) {
