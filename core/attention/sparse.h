@@ -46,15 +46,16 @@ int64_t uncluster_scratch_bytes(int64_t n_page, int64_t d_head);
 // How the softmax mass of a cluster of n keys with centroid c is estimated, m = q.c scale:
 enum class Estimator : int32_t {
   fit = 0,  // as published: y(x) = a / x + b over the rows sorted by m, through two sampled stretches; the head of the curve is exact
-  moment = 1,  // n exp(m + scale^2 / 2 sum_i q_i^2 var_i); what has been chosen is then counted exactly
+  moment = 1,  // n exp(m + scale^2 / 2 sum_i q_i^2 var_i); the best of the ranking are counted exactly
 };
 
 // Which rows each kv head attends to. Rows outside the closed segments (sinks, recent window) are always taken, and their exact mass
-// counts. Per query head the smallest prefix of clusters, by estimated mass per row, that reaches the share `p` of the mass, or before that
-// the share `budget` of the clustered rows; the kv head takes the union of its group.
+// counts. Per query head as few clusters, those with the most mass per row, as reach the share `p` of the mass, or before that the share
+// `budget` of the clustered rows; the kv head takes the union of its group.
 //
-// `moment`: the first kExactClusters of the ranking are counted exactly, one after the other, each against what is then estimated to be
-// left; a head that has not reached p by then goes on by the estimates, scaled by what the exactly counted ones turned out to be worth.
+// `moment`: the first kFewClusters of the ranking are counted exactly, or the first kExactClusters, and put in order by what they are
+// worth. A head that takes all of these and has not reached p goes on by the estimates, scaled by what the exactly counted ones turned out
+// to be worth. In the tail, those that are counted and not taken have the mass that was counted.
 struct Select {
   Tensor ranges;  // out [n_entry][h_kv][max_range][2] i32, ascending: first row of the sequence as stored; rows up to here, of all ranges
   Tensor n_range;  // out [n_entry][h_kv] i32
