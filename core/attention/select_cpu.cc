@@ -154,7 +154,7 @@ PRT_INLINE bool worth_more(const Counted& a, const Counted& b) {  // per row; no
 struct Candidates {
   Counted by_worth[kExactClusters];
   int64_t n = 0;
-  double exact = 0, estimated = 0, rows = 0;  // their sums
+  double exact = 0, estimated = 0;  // their sums
   double rest = 0;  // the estimates of the others
   bool all = false;  // there are no others, or only empty ones
 };
@@ -173,7 +173,6 @@ PRT_INLINE void count_clusters(const Query& x, float top, int64_t n, Candidates&
     c.rest = c.rest > estimate ? c.rest - estimate : 0;
     c.exact += counted.mass;
     c.estimated += estimate;
-    c.rows += counted.n;
     int64_t at = c.n++;
     for (; at > 0 && worth_more(counted, c.by_worth[at - 1]); --at) c.by_worth[at] = c.by_worth[at - 1];
     c.by_worth[at] = counted;
@@ -182,8 +181,11 @@ PRT_INLINE void count_clusters(const Query& x, float top, int64_t n, Candidates&
 }
 // All that are counted are taken, and others by their estimates, times what the counted ones were worth compared with theirs.
 PRT_INLINE float take_more(const Query& x, const Cut& cut, float top, double worth, double taken, const Candidates& c) {
-  double rest = c.rest, rows = c.rows;
-  for (int64_t i = 0; i < c.n; ++i) x.chosen[c.by_worth[i].cluster] = 1;
+  double rest = c.rest, rows = 0;
+  for (int64_t i = 0; i < c.n; ++i) {
+    x.chosen[c.by_worth[i].cluster] = 1;
+    rows += c.by_worth[i].n;
+  }
   for (int64_t i = c.n; i < x.n_cluster && !Cut::reached(cut, taken, taken + worth * rest, rows); ++i) {
     const int64_t j = pop(x, x.n_cluster - i);
     const RowRange here = rows_of(x, j);

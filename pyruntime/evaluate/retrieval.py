@@ -202,6 +202,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "gained": sum(s and not d for d, s in pairs),
             "kl": float(np.mean(kl)),
             "kl_p90": float(np.quantile(kl, 0.9)),
+            "kl_max": float(np.max(kl)),
             "density": 1.0,
             "read": 1.0,
         }
